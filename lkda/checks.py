@@ -51,6 +51,13 @@ def check_count(name: str, value: object, *, least: int, most: int | None = None
         raise InputError(f"{name} must be at most {most}, got {value!r}.")
 
 
+def check_distinct(name: str, values: Sequence[object]) -> None:
+    """Raises InputError if a value occurs twice in a list in which each must be another."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise InputError(f"{name} has {value} twice: leave one of them out.")
+
+
 def check_types(function: Callable[..., Any], given: Mapping[str, object], *, prefix: str) -> None:
     """Raises InputError for an argument in `given` whose value is not of the type that `function` declares.
 

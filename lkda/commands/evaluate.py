@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,15 +25,17 @@ from lkda.checks import InputError, check_count, check_values
 from lkda.commands.command_line.invocation import typed_overrides
 from lkda.commands.lm_eval_adapter import run_tasks
 from lkda.commands.run.checkpoint_loading import TrainedModel, config_of_run, load_trained
+from lkda.commands.run.sequence_memory import check_sequence_memory
 from lkda.commands.settings.config import resolve
 from lkda.commands.settings.data_options import build_data, check_data_options
 from lkda.commands.settings.paths import data_with_absolute_paths
 from lkda.commands.settings.unused_options import EVALUATE, check_unused
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import NAMES, differences, in_words
+from lkda.data.random_tokens import RandomTokens
 from lkda.data.text.cache import expanded
 from lkda.data.text.packed import PackedDataModule
-from lkda.device import one_cpu_thread, resolve_device
+from lkda.device import one_cpu_thread, physical_memory, resolve_device
 from lkda.io import check_output_file, write_atomically
 from lkda.models.lm import LanguageModel
 from lkda.models.stepwise import StepwiseModel
@@ -118,7 +120,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         _write(plan, trained, result, device, ran | {"backend": backends})
         return result
     chosen = _data_options(plan, trained)
-    data = _data(chosen, trained, limit=plan.max_batches)
+    data = _data(chosen, trained, device=device, limit=plan.max_batches)
     if plan.split == "test" and data.test is None:
         why = f": {data.no_test}" if data.no_test is not None else ""
         raise InputError(f"{data.source} has no test split{why}. Leave split=test out for the validation.")
@@ -178,6 +180,11 @@ def _write(
 
 def plan_evaluation(config: DictConfig) -> EvaluationPlan:
     """Resolve and check the configuration. Raises InputError for settings that are wrong or contradict each other."""
+    if _is_random(OmegaConf.select(config, "data")):
+        raise InputError(
+            "data=random cannot be measured: its tokens are independent of each other, so that nothing can be "
+            "predicted. Choose other data, or leave data=random out for the data of the run."
+        )
     settings = resolve(config)
     check_values(settings, OPTIONS)
     check_unused(EVALUATE, settings)
@@ -245,7 +252,9 @@ def _check(plan: EvaluationPlan) -> None:
         )
 
 
-def _data(chosen: dict[str, Any], trained: TrainedModel, *, limit: int | None) -> IndexedDataModule:
+def _data(
+    chosen: dict[str, Any], trained: TrainedModel, *, device: torch.device, limit: int | None
+) -> IndexedDataModule:
     """The data to measure on, prepared. Text is tokenized with the model's own tokenizer.
 
     Args:
@@ -260,6 +269,8 @@ def _data(chosen: dict[str, Any], trained: TrainedModel, *, limit: int | None) -
             write_atomically(path, trained.tokenizer.to_str())
             own = {"tokenizer_path": str(path)}
         data = build_data(chosen | own)
+        width = trained.model.config["d_model"]
+        check_sequence_memory(data, chosen, width=width, device=device, limit=limit, available=physical_memory())
         if limit is not None and isinstance(data, PackedDataModule):
             data.measure_at_most(limit)
         data.prepare()
@@ -394,7 +405,17 @@ def _data_options(plan: EvaluationPlan, trained: TrainedModel) -> dict[str, Any]
         where = "is in no run directory that records" if trained.step is not None else "does not record"
         raise InputError(f"{trained.path} {where} what data it was trained on: give data=...")
     _check_data_module(data, trained.path)
+    if _is_random(data):
+        raise InputError(
+            f"{trained.path} was trained on data=random, whose tokens are independent of each other, so that nothing "
+            "can be predicted: give data=... to measure it on other data."
+        )
     return data_with_absolute_paths(data)
+
+
+def _is_random(data: Mapping[str, Any] | None) -> bool:
+    """Whether a group `data` is that of random tokens. Its other settings need not be resolved."""
+    return data is not None and data.get("_target_") == f"{RandomTokens.__module__}.{RandomTokens.__name__}"
 
 
 def _check_data_module(data: dict[str, Any], source: Path) -> None:

@@ -82,7 +82,7 @@ def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, 
     prepared = with_data(plan, prepare_data(plan, saved), saved)
     if prepared.is_finished(run):
         processes.dismiss()
-        console.print_nothing_to_do(prepared.first_step)
+        console.print_nothing_to_do(prepared)
         return run.read_summary()
     if not prepared.check_rows(run):
         console.print_lost_rows(prepared.first_step)

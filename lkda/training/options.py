@@ -188,19 +188,20 @@ def check_switch(name: str, value: object) -> None:
         raise InputError(f"{name} must be true or false, got {value!r}.")
 
 
-def check_parts(group: str, parts: object, *, kind: str, choice: str) -> None:
+def check_parts(group: str, parts: object, *, kind: str, advice: Callable[[str], str]) -> None:
     """Raise InputError unless a group (logger or callbacks) is a mapping whose entries are null or have a `_target_`.
 
     Args:
         kind: what an entry is, for the message.
-        choice: a choice for the group that has entries, for the message.
+        advice: what to do about an entry of that name, or about the group if it is "", for the message.
     """
     named = parts if isinstance(parts, Mapping) else {}
     given = {name: part for name, part in named.items() if part is not None}
     wrong = [name for name, part in given.items() if not (isinstance(part, Mapping) and "_target_" in part)]
     if wrong or not isinstance(parts, Mapping):
-        what = f"{group}.{wrong[0]}" if wrong else group
-        raise InputError(f"{what} is not a {kind}, which needs an entry _target_: choose {group}={choice} first.")
+        name = wrong[0] if wrong else ""
+        what = f"{group}.{name}" if name else group
+        raise InputError(f"{what} is not a {kind}, which needs an entry _target_: {advice(name)}.")
 
 
 def check_trainer(options: object) -> None:

@@ -109,6 +109,12 @@ EVALUATE = [
         r"the model's own tokenizer: leave out data.tokenizer",
     ),
     ("ckpt={run} data=sotu data.vocab_size=500", r"the model's own tokenizer: leave out data.vocab_size=500"),
+    ("ckpt={run} data=random", r"data=random cannot be measured: its tokens are independent .*Choose other data, or"),
+    ("ckpt={run} data=palindrome data.val_lengths=[64,64]", r"data.val_lengths has 64 twice: leave one of them out"),
+    (
+        "ckpt={run} data=palindrome data.val_lengths=[2000000000] data.val_examples=4096 data.batch_size=4096",
+        r"of 2,000,000,000 tokens, 4096 at a time, need more than [\d,]+ GiB of memory, .*: lower data.val_lengths or",
+    ),
     ("ckpt={run} data=palindrome data.context=x", r"data.context must be a whole number .*, got 'x'"),
     ("ckpt={run} data=sotu data.source=files", r"data.paths is empty"),
 ]

@@ -11,6 +11,7 @@ from tests.commands.bad_places import Places
 from tests.commands.error_line import error_line
 from tests.commands.small import ROOT, small_run
 
+LEARNT = "lkda.training.callbacks.StopWhenLearnt"
 # On the command line a value with commas, spaces or dots in it is quoted as any shell would pass it.
 TRAINING = [
     # settings
@@ -92,7 +93,40 @@ TRAINING = [
     ("model.embed_scale=nan", r"model.embed_scale must be a number above 0, got nan"),
     (
         "callbacks=default callbacks.progress._target_=builtins.dict",
-        r"callbacks makes a dict, which is not a Lightning callback",
+        r"callbacks.progress._target_=builtins.dict makes a dict, which is not a Lightning callback",
+    ),
+    (
+        "callbacks=default callbacks.progress._target_=lkda.training.nothing.Bar",
+        r"callbacks.progress._target_=lkda.training.nothing.Bar cannot be imported: there is no class or function of",
+    ),
+    (
+        "callbacks=default callbacks.progress._target_=lkda.training.callbacks",
+        r"callbacks is not a class or a function",
+    ),
+    (
+        "callbacks=default +callbacks.progress.colour=red",
+        r"colour is not an option of TrainingProgress, which takes none",
+    ),
+    (
+        "callbacks=default +callbacks.learnt.accuracy=0.9",
+        r"callbacks.learnt is not a callback, .* _target_: add \+callbacks.learnt._target_=CLASS, for example lkda.",
+    ),
+    ("+callbacks.progress.colour=red", r"callbacks.progress is not a callback, .*: choose callbacks=default first"),
+    (
+        f"+callbacks.learnt._target_={LEARNT}",
+        r"callbacks.learnt.accuracy is missing, which StopWhenLearnt needs: add \+callbacks.learnt.accuracy=VALUE\.",
+    ),
+    (
+        f"data=palindrome +callbacks.learnt={{{{_target_:{LEARNT},accuracy:high}}}}",
+        r"callbacks.learnt.accuracy must be a finite number, got 'high'",
+    ),
+    (
+        f"data=palindrome +callbacks.learnt={{{{_target_:{LEARNT},accuracy:2}}}}",
+        r"the accuracy of StopWhenLearnt must be above 0 and at most 1, got 2",
+    ),
+    (
+        f"data.paths=[{{tmp}}/latin1.txt] +callbacks.learnt={{{{_target_:{LEARNT},accuracy:0.9}}}}",
+        r"StopWhenLearnt needs data with an accuracy, such as data=mqar: leave it out for text",
     ),
     ("hydra.run.dir=''", r"hydra.run.dir is empty: give a directory, or leave it out"),
     ("mixer=mla mixer.mla.qk_nope_head_dim=-1", r"mixer.mla.qk_nope_head_dim must be a whole number of 1 or more"),
@@ -132,7 +166,11 @@ TRAINING = [
     ("data.text_column=body", r"data.text_column is for .jsonl, .json and .parquet files, but these are text"),
     ("data.num_workers=99999", r"data.num_workers must be at most 256, got 99999: each is a process"),
     ("data.pin_memory=maybe", r"data.pin_memory must be true or false or null, got 'maybe'"),
-    ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing is not a class that can be imported"),
+    ("data._target_=lkda.data.text.datamodule.Nothing", r"datamodule.Nothing cannot be imported: there is no class"),
+    (
+        "data._target_=builtins.dict",
+        r"data._target_=builtins.dict is not a data module of lkda: choose one of the data=",
+    ),
     ("data.paths=[{tmp}/mixed.jsonl]", r"column 'text' of .*mixed.jsonl holds a number, not text, in row 2"),
     ("data.paths=['~nobody_of_this_name/a.txt']", r"the home directory in ~nobody_of_this_name/a.txt is not known"),
     ("+data.colour=red", r"data.colour is not an option of \w+, which takes "),
@@ -165,6 +203,32 @@ TRAINING = [
     ("data.tokenizer_path={tmp}/no.json", r"no tokenizer at .*/no.json, which does not exist: give the path of a tok"),
     ("data.tokenizer_path={run}", r"no tokenizer at .*run, which is a directory: give .*/run/tokenizer.json\.$"),
     ("data.tokenizer_path={tmp}/short.txt", r"short.txt is not a tokenizer.json"),
+    # lists of the configuration
+    (
+        "data=mqar data.train=[{{length:32,examples:16}}]",
+        r"data.train must have the entries length, pairs, examples; pairs is missing in {'length': 32, 'examples': 16}",
+    ),
+    (
+        "data=mqar data.train={{length:32,pairs:2,examples:16}}",
+        r"data.train must be a list, got {length:32,pairs:2,examples:16}: put it into brackets, data.train='\[{length",
+    ),
+    (
+        "data=mqar data.train[0].pairs=5",
+        r"data.train\[0\].pairs is not a setting: an entry of a list is named with dots, as in data.train.0.pairs=5$",
+    ),
+    ("data=mqar data.train.9.pairs=5", r"there is no data.train\[9\]: the list has 1, numbered from 0"),
+    ("data=mqar data.train.x.pairs=5", r"'x' is not the number of an entry of a list: entries are numbered from 0"),
+    ("data=mqar data.train.pairs=5", r"'pairs' is not the number of an entry of a list: .* data.train.0.pairs=5 for"),
+    ("mixer.kda=[1]", r"mixer.kda must hold names with values as in {name: value}, got \[1\]"),
+    (
+        "data=mqar data.validation=[{{length:32,pairs:2,examples:4}},{{length:32,pairs:2,examples:9}}]",
+        r"data.validation has a subset of length 32, pairs 2 twice: leave one of them out",
+    ),
+    ("data=palindrome data.val_lengths=[64,64]", r"data.val_lengths has 64 twice: leave one of them out"),
+    (
+        "data=palindrome data.val_lengths=[2000000000] data.val_examples=4096 data.batch_size=4096",
+        r"of 2,000,000,000 tokens, 4096 at a time, need more than [\d,]+ GiB of memory, .*: lower data.val_lengths or",
+    ),
     # options that another one leaves without effect
     ("mixer.kda.lower_bound=-4", r"mixer.kda.lower_bound has no effect without mixer.kda.gate_form=bounded; leave it"),
     ("mixer.kda.gate=none mixer.kda.gate_form=bounded", r"mixer.kda.gate_form has no effect beside mixer.kda.gate"),
@@ -219,6 +283,10 @@ TRAINING = [
     ("+logger.wandb.project=mine", r"logger.wandb is not a logger.*: choose logger=wandb"),
     ("logger=wandb logger.wandb.tags=[1]", r"logger.wandb.tags must be a list, each entry text or null, got \[1\]"),
     ("logger=wandb logger.wandb._target_=lkda.nothing", r"logger.wandb._target_=lkda.nothing cannot be imported"),
+    (
+        "logger=wandb +logger.wandb.colour=red",
+        r"logger.wandb.colour is not an option of wandb_logger, which takes .*tags",
+    ),
     ("+logger.wandb=0", r"logger.wandb is not a logger"),
     ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
     # the sample at the end
@@ -249,6 +317,10 @@ TRAINING = [
 ]
 
 
+def _started(*_: object) -> None:
+    raise AssertionError("the run has begun")
+
+
 @pytest.mark.sample(8)
 @pytest.mark.parametrize(("arguments", "expected"), TRAINING)
 def test_train(
@@ -266,6 +338,7 @@ def test_train(
     before = {path: path.read_bytes() for path in places.run.rglob("*") if path.is_file()}
     chooses_data = any(word.startswith("data=") for word in given)
     base = ["debug=fast", "trainer=cpu"] if chooses_data else small_run(corpus)
+    monkeypatch.setattr("lkda.commands.run.console.RunConsole.print_start", _started)
     printed = error_line("train.py", [*base, *given], monkeypatch, capsys)
     assert re.search(expected, printed), printed
     assert not (tmp_path / "run").exists()

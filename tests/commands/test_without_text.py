@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import lkda
+from lkda.checks import InputError
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
 from lkda.commands.generate import generate
@@ -93,6 +94,17 @@ def test_a_model_of_text_is_not_asked_for_recall(corpus: Path, tmp_path: Path) -
     train(composed("train", *small_run(corpus, "trainer.max_steps=1", "sample.max_new_tokens=0")), tmp_path / "run")
     with pytest.raises(ValueError, match="is a model of text"):
         evaluate(composed("evaluate", f"ckpt={tmp_path}/run", "data=mqar", "accelerator=cpu"))
+
+
+def test_random_tokens_are_not_measured(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are trained on to measure speed. What a run prints at its end does not advise it."""
+    for words in ((), ("data.vocab_size=64",)):
+        with pytest.raises(InputError, match="data=random cannot be measured"):
+            evaluate(composed("evaluate", f"ckpt={run}", "data=random", *words, "accelerator=cpu"))
+    train(composed("train", "debug=fast", "data=random", "trainer=cpu", "trainer.max_steps=1"), tmp_path / "run")
+    assert "evaluate.py" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"was trained on data=random, .*: give data=... to measure it on other data"):
+        evaluate(composed("evaluate", f"ckpt={tmp_path}/run", "accelerator=cpu"))
 
 
 def test_a_larger_vocabulary_than_the_models_is_refused(run: Path) -> None:

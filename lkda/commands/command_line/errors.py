@@ -29,6 +29,7 @@ import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import with_started_command
+from lkda.commands.command_line.list_entries import list_entry_message
 from lkda.io import file_in_the_way, write_atomically
 from lkda.run_failure import FAILURE
 
@@ -185,6 +186,8 @@ def _message(error: Exception) -> str | None:
         return is_required(str(error.full_key))
     if isinstance(error, (CommandError, InputError)):
         return _on_one_line(str(error))
+    if _raised_by(error, ("hydra", "omegaconf")) and (message := list_entry_message(error)) is not None:
+        return message
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _configuration_message(error)
     if isinstance(error, OSError):
@@ -192,7 +195,8 @@ def _message(error: Exception) -> str | None:
     if _out_of_memory(error):
         return (
             f"out of memory ({_on_one_line(str(error))[:200]}): lower data.batch_size (with "
-            "trainer.accumulate_grad_batches in its place), data.context or the size of the model."
+            "trainer.accumulate_grad_batches in its place), data.context (of a synthetic task also data.val_lengths "
+            "or the lengths in data.validation) or the size of the model."
         )
     if isinstance(error, ValueError) and _raised_by(error, ("optuna",)) and "No trials are completed" in str(error):
         return "no run of the search has finished, so there is no best one: the file failure.txt of each says why."

@@ -53,8 +53,14 @@ class RunConsole:
         """`text` as it is: Rich would expand a tab in a path."""
         print(text, file=self.console.file)
 
-    def print_nothing_to_do(self, steps: int) -> None:
-        self._line(f"{self.run.path} holds a finished run of {steps} steps: nothing to do.")
+    def print_nothing_to_do(self, prepared: PreparedRun) -> None:
+        """Print that the run is finished, and how to train on if it ended before its last step."""
+        steps, stop = prepared.first_step, prepared.plan.stop_accuracy
+        what, advice = f"{self.run.path} holds a finished run of {steps} steps", ""
+        if steps < prepared.total_steps and stop is not None:
+            what += f", whose accuracy is {prepared.learnt_accuracy(self.run.read_summary())}"
+            advice = f" To train on, set {stop[0]}={stop[1]} higher than that, or leave this callback out."
+        self._line(f"{what}: nothing to do.{advice}")
 
     def print_lost_rows(self, step: int) -> None:
         self._line(
@@ -149,9 +155,10 @@ def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool)
         same = [f"data={summary['data']}", f"model={summary['model']}"]
     beside = f"{glob.escape(short(run.path.parent))}/*"
     sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
+    evaluate = command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt"))
     return [
         *([sample] if of_text else []),
-        command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt")),
+        *([evaluate] if of_text or "val_subsets" in summary else []),  # not of random tokens
         command("train", *same, f"mixer={other}"),
         command("compare", override("runs", beside), "out=comparison"),
     ]

@@ -13,12 +13,14 @@ import torch
 from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.run_directory import RunDirectory, fingerprint_of
 from lkda.commands.run.run_setup import RunPlan
+from lkda.commands.run.sequence_memory import check_sequence_memory
 from lkda.commands.settings.data_options import build_data
 from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.text.packed import PackedDataModule
 from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
+from lkda.training.callbacks.learnt import check_has_accuracy
 from lkda.training.memory import check_activations
 from lkda.training.metrics_csv import check_rows, steps_with
 from lkda.training.options import check_validation_batches
@@ -52,8 +54,24 @@ class PreparedRun:
     steps_since_row: int | None
 
     def is_finished(self, run: RunDirectory) -> bool:
-        """Whether the directory already holds the result of this many steps."""
-        return self.first_step >= self.total_steps and run.read_summary().get("status") == "finished"
+        """Whether the directory already holds the result of this many steps, or of a run that has learnt its task."""
+        if self.first_step < self.total_steps and self.plan.stop_accuracy is None:
+            return False
+        summary = run.read_summary()
+        ended = self.first_step >= self.total_steps or self.learnt_accuracy(summary) is not None
+        return ended and summary.get("status") == "finished"
+
+    def learnt_accuracy(self, summary: Mapping[str, Any]) -> float | None:
+        """The accuracy of a run in a validation at its last step, if a callback ends the run at this accuracy. None if
+        the run trains on.
+
+        Args:
+            summary: the content of summary.json.
+        """
+        found = summary.get("val/accuracy")
+        if self.plan.stop_accuracy is None or summary.get("steps") != self.first_step or not isinstance(found, float):
+            return None
+        return found if found >= self.plan.stop_accuracy[1] else None
 
     @property
     def without_compiler(self) -> str | None:
@@ -106,6 +124,8 @@ class PreparedRun:
 def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
     """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
     data = build_data(plan.data)
+    if plan.stop_accuracy is not None:
+        check_has_accuracy(data.val_subsets)
     tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
         check_activations(
@@ -115,6 +135,14 @@ def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
             dtype=PRECISIONS[plan.trainer.precision],
             available=physical_memory(),
         )
+    check_sequence_memory(
+        data,
+        plan.data,
+        width=plan.model["d_model"],
+        device=plan.device,
+        limit=plan.trainer.limit_val_batches,
+        available=physical_memory(),
+    )
     data.expected = fingerprint_of(saved[1]) if saved else {}
     limit = plan.trainer.limit_val_batches
     if isinstance(data, PackedDataModule) and isinstance(limit, int):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError, check_count, check_types, check_values
 from lkda.commands.command_line.invocation import given_overrides
+from lkda.commands.run.callback_options import check_callbacks, stop_accuracy
 from lkda.commands.run.init_from import check_exported, load_initial_model, mixer_name
 from lkda.commands.run.learning_rate import measured_learning_rate
 from lkda.commands.run.run_directory import recorded_config
 from lkda.commands.settings.config import resolve
 from lkda.commands.settings.data_options import check_data_options
 from lkda.commands.settings.paths import with_absolute_paths
+from lkda.commands.settings.targets import check_arguments, located
 from lkda.commands.settings.unused_options import RATES, check_unused, of_training
 from lkda.data.text.cache import expanded
 from lkda.data.text.tokenizer import check_vocab_size
@@ -65,6 +66,8 @@ class RunPlan:
         optimizer: what `build_optimizer` takes.
         scheduler: what `learning_rate_factor` takes.
         callbacks, loggers: each with its `_target_`.
+        stop_accuracy: the option that ends the run at an accuracy of the validation, and its value; None if there is
+            none.
         device: the device to train on.
         backends: the backend of each operator, as {"kda": "chunk"}.
         compile: True compiles the model's blocks with `torch.compile`. "auto" means on a GPU the same with CUDA graphs,
@@ -88,6 +91,7 @@ class RunPlan:
     checkpoint: CheckpointOptions
     sample: SampleOptions
     callbacks: list[dict[str, Any]]
+    stop_accuracy: tuple[str, float] | None
     loggers: list[dict[str, Any]]
     device: torch.device
     backends: dict[str, str]
@@ -156,11 +160,8 @@ def _check(settings: dict[str, Any]) -> None:
     check_schedule(settings["scheduler"])
     check_checkpoint(settings["checkpoint"])
     check_sample(settings["sample"])
-    check_parts("logger", settings["logger"], kind="logger", choice="wandb")
-    for name, logger in settings["logger"].items():
-        if logger and str(logger["_target_"]).startswith("lkda."):
-            check_types(_located(f"logger.{name}", logger["_target_"]), logger, prefix=f"logger.{name}.")
-    check_parts("callbacks", settings["callbacks"], kind="callback", choice="default")
+    _check_loggers(settings["logger"])
+    check_callbacks(settings["callbacks"])
     for group in ("model", "mixer"):
         check_values({"name": settings[group].get("name")}, {"name": str}, prefix=f"{group}.")
     check_count("seed", settings["seed"], least=0, most=MOST_SEED)
@@ -168,6 +169,17 @@ def _check(settings: dict[str, Any]) -> None:
         raise InputError(f"compile must be auto, true or false, got {settings['compile']!r}.")
     if settings["checkpointing"] not in CHECKPOINTING:
         raise InputError(f"checkpointing must be {' or '.join(CHECKPOINTING)}, got {settings['checkpointing']!r}.")
+
+
+def _check_loggers(loggers: Any) -> None:
+    check_parts("logger", loggers, kind="logger", advice=lambda name: "choose logger=wandb first")
+    for name, options in loggers.items():
+        if not options:
+            continue
+        function = located(f"logger.{name}", options["_target_"])
+        check_arguments(function, f"logger.{name}", options, partial=True)
+        if str(options["_target_"]).startswith("lkda."):
+            check_types(function, options, prefix=f"logger.{name}.")
 
 
 def _check_rope_base(base: object, *, init_from: str | None) -> None:
@@ -200,13 +212,6 @@ def _check_vocabulary(data: Mapping[str, Any], config: DictConfig) -> None:
         return
     check_count("model.vocab_size", data["vocab_size"], least=1)
     check_vocab_size(data["vocab_size"], option="model.vocab_size")
-
-
-def _located(part: str, target: str) -> Callable[..., Any]:
-    try:
-        return get_object(target)
-    except Exception as error:  # of many types: the module, the name, or what importing it raises
-        raise InputError(f"{part}._target_={target} cannot be imported: {' '.join(str(error).split())}.") from error
 
 
 def _with_initial_model(settings: dict[str, Any], config: DictConfig) -> tuple[dict[str, Any], LanguageModel | None]:
@@ -289,6 +294,7 @@ def _plan(settings: dict[str, Any], initial: LanguageModel | None) -> RunPlan:
         checkpoint=CheckpointOptions.of(settings["checkpoint"], device=device.type),
         sample=SampleOptions(**settings["sample"]),
         callbacks=[node for node in settings["callbacks"].values() if node],
+        stop_accuracy=stop_accuracy(settings["callbacks"]),
         loggers=[node for node in settings["logger"].values() if node],
         device=device,
         backends=backends,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lkda.checks import InputError, check_count, check_distinct
 from lkda.data.synthetic.datamodule import SyntheticDataModule
 
 
@@ -15,6 +16,7 @@ class LengthTask(SyntheticDataModule):
         val_lengths: validation lengths in tokens. None means only `context`.
         val_examples: validation examples of each length.
         vocab_size, batch_size, seed, num_workers, pin_memory: see `SyntheticDataModule`.
+    Raises: InputError for a length that is given twice, or a count outside its range.
     """
 
     def __init__(
@@ -29,9 +31,16 @@ class LengthTask(SyntheticDataModule):
         num_workers: int,
         pin_memory: bool | None,
     ) -> None:
+        lengths = [context] if val_lengths is None else val_lengths
+        for name, values in {"context": [context], "val_examples": [val_examples], "val_lengths": lengths}.items():
+            for value in values:
+                check_count(f"data.{name}", value, least=1)
+        if not lengths:
+            raise InputError("data.val_lengths is empty: give some lengths, or leave it out for data.context alone.")
+        check_distinct("data.val_lengths", lengths)
         super().__init__(
             train=[{"length": context, "examples": batch_size}],
-            validation=[{"length": length, "examples": val_examples} for length in val_lengths or [context]],
+            validation=[{"length": length, "examples": val_examples} for length in lengths],
             vocab_size=vocab_size,
             batch_size=batch_size,
             seed=seed,

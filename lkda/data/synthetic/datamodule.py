@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lkda.checks import InputError, check_count
+from lkda.checks import InputError, check_count, check_distinct
 from lkda.data.datamodule import IndexedDataModule
 from lkda.data.fingerprint import check_same, of_arrays, of_texts
 from lkda.data.shuffle import shuffled
@@ -19,7 +20,7 @@ from lkda.targets import IGNORE_INDEX
 
 Examples = tuple[np.ndarray, np.ndarray]  # tokens and targets [B, T] int64; IGNORE_INDEX where nothing is predicted
 _TRAINING, _VALIDATION = 0, 1
-_FINGERPRINT_EXAMPLES = 16  # of each subset
+FINGERPRINT_EXAMPLES = 16  # of each subset
 _SHARES_OF_BATCH = 64  # see `_rounded`
 
 
@@ -72,6 +73,8 @@ class SyntheticDataModule(IndexedDataModule):
             raise InputError(
                 "data.train and data.validation need at least one subset, as in [{length: 64, examples: 1000}]."
             )
+        # The results of a subset are named by its shape, so that one of two with the same shape would be lost.
+        check_distinct("data.validation", [_in_words(subset) for subset in self.val_subsets])
         self.source = type(self).__module__.rpartition(".")[2]
         self.context = max(subset["length"] for subset in self.train_subsets)
 
@@ -80,22 +83,26 @@ class SyntheticDataModule(IndexedDataModule):
         raise NotImplementedError
 
     def check(self, *_: Any, **shape: Any) -> None:
-        """check(*, length, ...): raises InputError for a shape that cannot be sampled."""
+        """check(*, length, ...): raises InputError for a shape that cannot be sampled.
+
+        The names of its arguments are those of the entries of a subset, beside "examples".
+        """
         raise NotImplementedError
 
     def _checked(self, group: str, subset: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(subset, Mapping):
             raise InputError(f"a subset of data.{group} must be like {{length: 64, examples: 1000}}, got {subset!r}.")
         plain = dict(subset)
-        missing = {"length", "examples"} - plain.keys()
-        if missing:
-            raise InputError(f"a subset of data.{group} needs the entries {', '.join(sorted(missing))}, got {plain}.")
+        entries = (*inspect.signature(self.check).parameters, "examples")
+        wrong = [f"{name} is missing" for name in entries if name not in plain]
+        wrong += [f"{name} is none of them" for name in plain if name not in entries]
+        if wrong:
+            raise InputError(
+                f"a subset of data.{group} must have the entries {', '.join(entries)}; {', '.join(wrong)} in {plain}."
+            )
         for name, value in plain.items():
             check_count(f"{name} of a subset of data.{group}", value, least=1)
-        try:
-            self.check(**_shape(plain))
-        except TypeError as error:
-            raise InputError(f"a subset of data.{group} has the wrong entries: {plain} ({error}).") from error
+        self.check(**_shape(plain))
         return plain
 
     def prepare(self) -> None:
@@ -114,7 +121,7 @@ class SyntheticDataModule(IndexedDataModule):
 
         The seed is left out: it only selects which examples of the same data a run uses.
         """
-        sampled = [self.sample(_FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
+        sampled = [self.sample(FINGERPRINT_EXAMPLES, np.random.default_rng(0), **_shape(subset)) for subset in subsets]
         arrays = of_arrays(*(array for example in sampled for array in example))
         return of_texts([json.dumps([self.fingerprint_name or self.source, self.vocab_size, *description]), arrays])
 
@@ -130,6 +137,13 @@ class SyntheticDataModule(IndexedDataModule):
 
     def validation_batches(self) -> ValidationBatches:
         return ValidationBatches(self)
+
+    def measured_subsets(self, limit: int | float | None) -> list[Mapping[str, int]]:
+        """The validation subsets of which there is a batch among the first `limit`, or in that share of all batches.
+        None means all of them."""
+        batches = self.validation_batches()
+        most = len(batches) if limit is None else limit if isinstance(limit, int) else int(limit * len(batches))
+        return [subset for number, subset in enumerate(self.val_subsets) if batches.first_batch(number) < most]
 
     def batch(self, subset: Mapping[str, int], number: int, count: int, *key: int) -> dict[str, Any]:
         """A batch of `count` examples of `subset`, whose index is `number`. Every `key` gives other examples."""
@@ -169,20 +183,22 @@ class ValidationBatches(Dataset[dict[str, Any]]):
 
     def __init__(self, data: SyntheticDataModule) -> None:
         self.data = data
-        self.places = [
-            (number, first, min(data.batch_size, subset["examples"] - first))
-            for number, subset in enumerate(data.val_subsets)
-            for first in range(0, subset["examples"], data.batch_size)
-        ]
+        self.ends = np.cumsum([-(-subset["examples"] // data.batch_size) for subset in data.val_subsets])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self.ends[-1])
 
     def __getitem__(self, batch: int) -> dict[str, Any]:
         if not 0 <= batch < len(self):
             raise IndexError(batch)
-        number, first, count = self.places[batch]
-        return self.data.batch(self.data.val_subsets[number], number, count, _VALIDATION, number, first)
+        number = int(np.searchsorted(self.ends, batch, side="right"))
+        subset, size = self.data.val_subsets[number], self.data.batch_size
+        first = size * (batch - self.first_batch(number))
+        return self.data.batch(subset, number, min(size, subset["examples"] - first), _VALIDATION, number, first)
+
+    def first_batch(self, subset: int) -> int:
+        """The number of the first batch of a subset."""
+        return int(self.ends[subset - 1]) if subset else 0
 
 
 def _rounded(positions: Tensor, targets: Tensor) -> Tensor:
@@ -203,3 +219,7 @@ def _rounded(positions: Tensor, targets: Tensor) -> Tensor:
 
 def _shape(subset: Mapping[str, int]) -> dict[str, int]:
     return {name: value for name, value in subset.items() if name != "examples"}
+
+
+def _in_words(subset: Mapping[str, int]) -> str:
+    return "a subset of " + ", ".join(f"{name} {value}" for name, value in sorted(_shape(subset).items()))

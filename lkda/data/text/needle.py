@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lkda.checks import InputError, check_count
+from lkda.checks import InputError, check_count, check_distinct
 from lkda.data.datamodule import IndexedDataModule, TestSplit
 from lkda.data.text.cache import expanded
 from lkda.data.text.tokenize import load_tokenized, without_test
@@ -57,6 +57,8 @@ class Needle(IndexedDataModule):
             check_count("data.lengths", length, least=4 * (cue + answer))
         for depth in depths:
             check_count("data.depths", depth, least=0)
+        check_distinct("data.lengths", lengths)
+        check_distinct("data.depths", depths)
         if not lengths or not depths or max(depths) > 100:
             raise InputError(
                 f"data.lengths and data.depths need at least one entry, depths up to 100; got {lengths}, {depths}."

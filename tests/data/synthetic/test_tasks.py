@@ -236,13 +236,45 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training():
         one[3]
 
 
+def test_validation_batches_follow_subset_by_subset():
+    """The last of a subset has what is left. A large number of examples takes no time and no memory."""
+    part, large = MIXTURE[0], {**MIXTURE[1], "examples": 2 * 10**9}
+    data = mqar(validation=[{**part, "examples": 40}, {**MIXTURE[1], "examples": 5}, large | {"length": 256}])
+    batches = data.validation_batches()
+    found = [batches[n] for n in range(5)]
+    assert [(x["subset"], *x["tokens"].shape) for x in found[:4]] == [(0, 16, 64), (0, 16, 64), (0, 8, 64), (1, 5, 128)]
+    assert (found[4]["subset"], len(batches)) == (2, 4 + 125 * 10**6)
+    expected = data.batch(data.val_subsets[0], 0, 8, 1, 0, 32)
+    assert torch.equal(found[2]["tokens"], expected["tokens"])
+    assert [len(data.measured_subsets(limit)) for limit in (1, 3, 4, 5, None, 1e-8, 0.5)] == [1, 1, 2, 3, 3, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: mqar(train=[{"length": 64, "pairs": 17, "examples": 1}]), "got length 64 and 17 pairs: .* at most 16"),
         (lambda: mqar(vocab_size=8), "samples 4 different keys from .1, 4.: set data.vocab_size to 10 or more"),
-        (lambda: mqar(train=[{"length": 64, "examples": 1}]), "has the wrong entries: .*pairs"),
-        (lambda: mqar(train=[{"pairs": 4, "examples": 1}]), "a subset of data.train needs the entries length, got"),
+        (
+            lambda: mqar(train=[{"length": 64, "examples": 1}]),
+            "a subset of data.train must have the entries length, pairs, examples; pairs is missing in .'length': 64, ",
+        ),
+        (
+            lambda: mqar(validation=[{"pairs": 4, "exmples": 1}]),
+            "data.validation must have .*; length is missing, examples is missing, exmples is none of them in",
+        ),
+        (
+            lambda: mqar(train=[{**MIXTURE[0], "pears": 4}]),
+            "must have the entries length, pairs, examples; pears is none of them in",
+        ),
+        (
+            lambda: mqar(validation=[{"pairs": 4, "length": 64, "examples": 2}, MIXTURE[0]]),
+            "data.validation has a subset of length 64, pairs 4 twice: leave one of them out",
+        ),
+        (lambda: Stack(val_lengths=[64, 32, 64]), "data.val_lengths has 64 twice: leave one of them out"),
+        (lambda: Palindrome(val_lengths=[]), "data.val_lengths is empty: give some lengths, or leave it out"),
+        (lambda: Palindrome(val_lengths=[0]), "data.val_lengths must be a whole number of 1 or more, got 0"),
+        (lambda: Palindrome(context=0), "data.context must be a whole number of 1 or more, got 0"),
+        (lambda: Palindrome(val_examples=0), "data.val_examples must be a whole number of 1 or more, got 0"),
         (lambda: mqar(train=[]), "need at least one subset"),
         (lambda: mqar(batch_size=0), "data.batch_size must be a whole number of 1 or more, got 0"),
         (lambda: Palindrome(context=33), "needs an even length, got 33: change data.context"),

@@ -77,6 +77,8 @@ def test_the_test_split_is_made_of_the_test_text(prose):
     [
         ({"lengths": [32]}, "lengths"),
         ({"depths": [120]}, "depths"),
+        ({"lengths": [128, 256, 128]}, "data.lengths has 128 twice: leave one of them out"),
+        ({"depths": [0, 50, 50]}, "data.depths has 50 twice"),
         ({"depths": []}, "at least one entry"),
         ({"examples": 0}, "examples"),
         ({"lengths": [8192]}, "need twice as many"),
