@@ -135,9 +135,11 @@ def _inside(key: str, sections: Collection[str]) -> bool:
 
 
 def _distinguishing(described: Sequence[Settings]) -> list[str]:
-    """The settings that distinguish the runs, each only if those before it do not suffice."""
+    """The settings that distinguish the runs, each only if those before it do not suffice. What was used in the end
+    comes last: a setting of a later run may explain it."""
     distinguishing = ["mixer"]
-    for key in dict.fromkeys(key for found in described for key in found):
+    chosen = dict.fromkeys(key for found in described for key in found if key not in ACTUAL)
+    for key in (*chosen, *ACTUAL):
         seen: dict[tuple[Any, ...], set[Any]] = defaultdict(set)
         for found in described:
             seen[tuple(found.get(name, NULL) for name in distinguishing)].add(found.get(key, NULL))

@@ -112,6 +112,16 @@ def test_an_option_of_the_mixer_makes_another_group(tmp_path):
     assert labels(paths) == {"kda · gate channel", "kda · gate head", "softmax"}
 
 
+def test_a_setting_is_named_before_the_tokens_that_follow_from_it(tmp_path):
+    """The run that is read first does not have the setting. With one of its values, training ended early."""
+    mixer = {"name": "softmax", "pattern": ["softmax"]}
+    paths = [write_run(tmp_path / "a", "kda")]
+    for base, tokens in ((10_000.0, 1_024_000), (None, 64_000)):
+        settings = {"mixer": mixer | {"softmax": {"rope_base": base}}}
+        paths.append(write_run(tmp_path / f"b{base}", "softmax", settings=settings, tokens=tokens))
+    assert labels(paths) == {"kda", "softmax · rope_base None", "softmax · rope_base 10000.0"}
+
+
 def test_a_pattern_is_named_by_its_layers(tmp_path):
     paths = [
         write_run(tmp_path / "a", "softmax"),
