@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lkda.commands.command_line.errors import CommandError
 from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.run.console import RunConsole, draw_sample
-from lkda.commands.run.fit import Outcome, build_task, build_trainer, fit, quiet_libraries, share_data
+from lkda.commands.run.fit import Outcome, build_task, build_trainer, callbacks_of, fit, quiet_libraries, share_data
 from lkda.commands.run.launch import Processes
 from lkda.commands.run.prepared_run import PreparedRun, Saved, model_of, prepare_data, with_data
 from lkda.commands.run.run_directory import RunDirectory, RunFiles
@@ -79,6 +79,7 @@ def _fit(prepared: PreparedRun, model: LanguageModel, run: RunFiles, processes: 
 def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, Any]:
     console = RunConsole(run)
     saved = run.begin(plan.record, resume=plan.resume)
+    callbacks_of(plan)  # raises for wrong options before the data are prepared
     prepared = with_data(plan, prepare_data(plan, saved), saved)
     if prepared.is_finished(run):
         processes.dismiss()

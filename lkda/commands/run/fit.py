@@ -151,10 +151,7 @@ def build_trainer(
     Raises: InputError if Lightning rejects the settings, or would run in another precision.
     """
     plan = prepared.plan
-    shown = [instantiate(node) for node in plan.callbacks]
-    wrong = [type(callback).__name__ for callback in shown if not isinstance(callback, L.Callback)]
-    if wrong:
-        raise InputError(f"a _target_ in callbacks makes a {wrong[0]}, which is not a Lightning callback.")
+    shown = callbacks_of(plan)
     options = trainer_options(plan, prepared.total_steps) | {
         "default_root_dir": str(run.path),
         "profiler": _profiler(plan.trainer.profiler, run, rank=processes.rank),
@@ -187,6 +184,15 @@ def build_trainer(
             f"trainer.precision={plan.trainer.precision} would run as {trainer.precision}: set it to that."
         )
     return trainer
+
+
+def callbacks_of(plan: RunPlan) -> list[L.Callback]:
+    """New callbacks of the configuration. Raises InputError for an option that one of them refuses."""
+    made = [instantiate(node) for node in plan.callbacks]
+    wrong = [type(callback).__name__ for callback in made if not isinstance(callback, L.Callback)]
+    if wrong:
+        raise InputError(f"a _target_ in callbacks makes a {wrong[0]}, which is not a Lightning callback.")
+    return made
 
 
 def _profiler(word: str | None, run: RunFiles, *, rank: int) -> Profiler | None:
