@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import lkda
-from lkda.commands.command_line.errors import _message
+from lkda.commands.command_line.errors import in_words
 from lkda.ops.runtime import cubin_cache
 from tests.commands.bad_places import Places
 from tests.commands.error_line import error_line
@@ -291,7 +291,7 @@ class OfLightning:
 def test_errors_of_the_libraries_below_are_one_line(name: str, message: str) -> None:
     with pytest.raises(Exception) as caught:
         getattr(OfLightning, name)()
-    printed = _message(caught.value)
+    printed = in_words(caught.value)
     assert printed is not None, caught.value
     assert re.match(message, printed), printed
     assert "\n" not in printed

@@ -206,7 +206,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_its_directory_free(
         with pytest.raises(torch.OutOfMemoryError) as caught:
             run(tmp_path / "new", home / "texts")
     assert not (tmp_path / "new").exists()
-    printed = errors._message(caught.value)
+    printed = errors.in_words(caught.value)
     assert printed is not None
     assert printed.startswith("out of memory (CUDA out of memory.")
     assert "lower data.batch_size" in printed
@@ -266,7 +266,7 @@ def test_a_full_disk_damages_nothing(
         with pytest.raises(OSError, match="No space left on device") as caught:
             run(tmp_path / "run", home / "texts", *LONGER)
     assert name in caught.value.filename
-    assert errors._message(caught.value) == f"{caught.value.filename}: No space left on device."
+    assert errors.in_words(caught.value) == f"{caught.value.filename}: No space left on device."
     assert not list(tmp_path.rglob("*.tmp"))
     if (tmp_path / "run" / "metrics.csv").exists():
         left = rows(tmp_path / "run")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -79,7 +79,7 @@ def readable_errors(*, of_job: bool = False) -> Iterator[None]:
         _leave_the_pipe()
         raise SystemExit(FAILED) from None
     except Exception as error:
-        message = _message(error)
+        message = in_words(error)
         if TRACEBACKS or message is None:
             raise
         print(f"error: {with_started_command(message)}", file=sys.stderr)
@@ -98,7 +98,7 @@ def recorded_failure() -> Iterator[None]:
         if _in_a_sweep():
             directory = Path(HydraConfig.get().runtime.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
-            reason = _message(error) or f"{type(error).__name__}: {_on_one_line(str(error))}"
+            reason = in_words(error) or f"{type(error).__name__}: {_on_one_line(str(error))}"
             write_atomically(directory / FAILURE, reason + "\n")
         raise
 
@@ -173,15 +173,15 @@ def _leave_no_empty_directory() -> None:
             made.rmdir()
 
 
-def _message(error: Exception) -> str | None:
+def in_words(error: Exception) -> str | None:
     """The one-line message for an error that the user can correct; None for a bug."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-        known = _message(error.__cause__)
+        known = in_words(error.__cause__)
         # For example a class that does not exist. An error raised inside a class of lkda's is a bug.
         within = any(path.is_relative_to(_HOME) for path in _files(error.__cause__))
         return known if known is not None or within else _configuration_message(error)
     if isinstance(error, InterpolationResolutionError) and (found := _input_error_of(error)) is not None:
-        return _message(found)
+        return in_words(found)
     if isinstance(error, MissingMandatoryValue):
         return is_required(str(error.full_key))
     if isinstance(error, (CommandError, InputError)):
@@ -282,6 +282,9 @@ def _configuration_message(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return _unknown_choice(group, name, error.options)
+    if isinstance(error, OverrideParseException):
+        reason = re.split(r"\n?See https", error.message)[0].rpartition("\n")[2]
+        return f"{error.override} cannot be read ({reason}): close all brackets and quotes, and quote a text with them."
     text = " ".join(re.split(r"\n\s*(?:full_key|Config search path)|, set env var HYDRA", str(error))[0].split())
     if isinstance(error, (InterpolationKeyError, InterpolationResolutionError)):
         return f"{error.full_key}: {text}. ${{...}} stands for another setting; in a text, write \\${{...}}."

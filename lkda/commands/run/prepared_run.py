@@ -121,16 +121,25 @@ class PreparedRun:
             )
 
 
-def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
-    """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
+def data_of(plan: RunPlan) -> IndexedDataModule:
+    """The data module of the run, which is not prepared yet.
+
+    Raises: InputError for options that do not fit together, and for data that cannot be trained on.
+    """
     data = build_data(plan.data)
     if plan.stop_accuracy is not None:
         check_has_accuracy(data.val_subsets)
-    tokens = data.tokens_per_batch  # raises for data that cannot be trained on, before they are prepared
+    _ = data.tokens_per_batch  # raises for data of evaluations
+    return data
+
+
+def prepare_data(plan: RunPlan, saved: Saved | None) -> IndexedDataModule:
+    """The prepared data of the run. Raises InputError if they are not the data of the run that is resumed."""
+    data = data_of(plan)
     if plan.device.type == "cpu":  # a GPU has an error of its own for this
         check_activations(
             plan.model,
-            tokens=tokens,
+            tokens=data.tokens_per_batch,
             checkpointing=plan.checkpointing,
             dtype=PRECISIONS[plan.trainer.precision],
             available=physical_memory(),

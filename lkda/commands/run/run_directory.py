@@ -47,9 +47,11 @@ _FREE = {
     ),
 }
 # If the content of the data is known by its fingerprint, its path may change too.
-_PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
+PLACES = ("paths", "val_paths", "test_paths", "tokenizer_path", "directory")
 # The settings that name a choice of one of these groups.
 _NAMES = ("model.name", "mixer.name", "data._target_", "data.source", "data.name")
+# How many settings that differ a message names.
+MOST_SHOWN = 4
 # Groups in every configuration of lkda. A config.yaml without them belongs to another program and is not overwritten.
 _OURS = {"model", "mixer", "data", "trainer"}
 
@@ -65,6 +67,12 @@ class RunFiles:
         self.samples = self.path / "samples.txt"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
+
+    def holds_run(self) -> bool:
+        """Whether a run has done at least one step here: there is a checkpoint, or a row in metrics.csv."""
+        if any(not path.name.startswith(".") for path in self.checkpoints.glob("*.ckpt*")):
+            return True
+        return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
 
 class RunDirectory(RunFiles):
@@ -96,12 +104,6 @@ class RunDirectory(RunFiles):
 
     def _files(self) -> tuple[Path, ...]:
         return self.config, self.metrics, self.summary, self.samples, self.tokenizer
-
-    def holds_run(self) -> bool:
-        """Whether a run has done at least one step here: there is a checkpoint, or a row in metrics.csv."""
-        if any(not path.name.startswith(".") for path in self.checkpoints.glob("*.ckpt*")):
-            return True
-        return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
     def release(self) -> None:
         """Release the lock, which otherwise ends with the process.
@@ -151,11 +153,9 @@ class RunDirectory(RunFiles):
         return saved
 
     def _check_settings(self, before: Mapping[Any, Any], now: Mapping[str, Any], *, free_places: bool) -> None:
-        changed = _differences(_fixed(before, free_places), _fixed(now, free_places))
-        # With another model, mixer or data set, many settings differ: its name says it all.
-        named = [line for line in changed if line.partition(": ")[0] in _NAMES]
+        changed = changed_settings(before, now, free_places=free_places)
         if changed:
-            shown = "; ".join((named or changed)[:4])
+            shown = "; ".join(changed[:MOST_SHOWN])
             raise InputError(
                 f"{self.path} holds a run with other settings ({shown}), so it cannot be resumed. "
                 "Give the recorded settings, or choose another hydra.run.dir."
@@ -241,7 +241,7 @@ def tokenizer_of(text: str, *, source: object) -> Tokenizer:
 
 def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
     """The settings that a resumed run must not change, with absolute paths."""
-    free = {**_FREE, "data": (*_FREE["data"], *(_PLACES if free_places else ()))}
+    free = {**_FREE, "data": (*_FREE["data"], *(PLACES if free_places else ()))}
     absolute = data_with_absolute_paths(config.get("data") or {})
     found: dict[str, Any] = {**{key: config.get(key) for key in _FIXED}, "data": absolute}
     if "batch_size" in absolute:
@@ -253,11 +253,24 @@ def _fixed(config: Mapping[Any, Any], free_places: bool) -> dict[str, Any]:
     return found
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+def changed_settings(before: Mapping[Any, Any], now: Mapping[Any, Any], *, free_places: bool) -> list[str]:
+    """The settings that differ and that a resumed run must not change, each as `KEY: BEFORE is recorded, NOW is given`.
+
+    Args:
+        before, now: the content of config.yaml with the names of today, as it is recorded and as it would be written.
+        free_places: whether the places of the data may differ.
+    """
+    changed = differences(_fixed(before, free_places), _fixed(now, free_places))
+    # With another model, mixer or data set, many settings differ: its name says it all.
+    named = [line for line in changed if line.partition(": ")[0] in _NAMES]
+    return named or changed
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """Every value in which two nested dicts differ, as `key: BEFORE is recorded, NOW is given`."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else [f"{key}: {before} is recorded, {now} is given"]
     found = []
     for name in [*before, *(name for name in now if name not in before)]:
-        found += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        found += differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
     return found

@@ -108,17 +108,11 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
         run_dir: the run directory. It is only read, and only if a run is resumed.
     Raises: InputError for settings that cannot be used, before anything is written and before the data are prepared.
     """
-    settings = resolve(config)
-    for group in GROUPS:
-        if settings.get(group) is None:
-            raise InputError(f"{group} must not be null: leave {group}=null out, or choose another {group}.")
-    check_switch("resume", settings["resume"])
+    settings = _resolved(config)
     recorded = recorded_config(run_dir) if settings["resume"] else None
     check_unused(RATES, settings)
     _check_init_from(settings["init_from"], rope_base=settings.get("rope_base"))
-    settings = _with_learning_rate(settings, recorded)
-    _check(settings)
-    settings = with_absolute_paths(settings)
+    settings = _checked(settings, recorded)
     settings, initial = _with_initial_model(settings, config)
     if initial is None:
         _check_vocabulary(settings["data"], config)
@@ -127,6 +121,43 @@ def plan_run(config: DictConfig, run_dir: Path) -> RunPlan:
     plan = _plan(settings, initial)
     check_unused(of_training(), plan.record)
     return plan
+
+
+def settings_as_recorded(config: DictConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as config.yaml would hold them, for a comparison with that of a run on another machine.
+
+    So trainer.precision stays as given, and the directory of `init_from` need not be there. The groups model and mixer
+    are then not those of its model.
+
+    Args:
+        config: composed from configs/train.yaml.
+        recorded: the config.yaml of the run.
+    Raises: InputError for settings that are wrong for every device and all data.
+    """
+    settings = _resolved(config)
+    check_unused(RATES, settings)
+    settings = _checked(settings, recorded)
+    from_scratch = settings["init_from"] is None
+    if from_scratch:  # otherwise data.vocab_size is that of the model
+        check_data_options(settings["data"])
+    settings = with_recorded_options(settings, recorded, of_model=from_scratch)
+    return settings | groups_of(model_options(settings), model_name=settings["model"]["name"])
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    settings = resolve(config)
+    for group in GROUPS:
+        if settings.get(group) is None:
+            raise InputError(f"{group} must not be null: leave {group}=null out, or choose another {group}.")
+    check_switch("resume", settings["resume"])
+    return settings
+
+
+def _checked(settings: dict[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings with a learning rate and absolute paths. Those that every run has are checked."""
+    settings = _with_learning_rate(settings, recorded)
+    _check(settings)
+    return with_absolute_paths(settings)
 
 
 def _with_learning_rate(settings: dict[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:

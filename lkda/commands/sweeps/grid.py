@@ -2,13 +2,16 @@
 
     python -m lkda.commands.sweeps.grid lm_by_mixer ablations --per-gpu 2 --deadline 560
 
-Each argument is a file of configs/experiment/ or an override key=value of scripts/train.py. An experiment's sweep gives
-its jobs, which begin in its order: the values of its first setting change last. Each job is a process of its own, whose
-run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The same command again skips the jobs that are done
-and continues those that were stopped. A job that was cut off and whose checkpoints are gone, for example on another
-machine to which only the small files were copied, begins again. If its training had ended and only a measurement is
-missing, it begins again only with --again, after all others. What it had written is kept in OUT/EXPERIMENT/.JOB.before.
-A job that another such command runs in the same OUT is waited for.
+Each argument is a file of configs/experiment/ or an override of scripts/train.py, key=value or ~key. An experiment's
+sweep gives its jobs, which begin in its order: the values of its first setting change last. Each job is a process of
+its own, whose run directory is OUT/EXPERIMENT/JOB; its output is grid.log there. The settings of all jobs are checked
+before the first one begins.
+
+The same command again skips the jobs that are done and continues those that were stopped. If a run directory holds a
+run with other settings, the command ends with an error. A job that was cut off and whose checkpoints are gone, for
+example on another machine to which only the small files were copied, begins again. If its training had ended and only a
+measurement is missing, it begins again only with --again, after all others. What it had written is kept in
+OUT/EXPERIMENT/.JOB.before. A job that another such command runs in the same OUT is waited for.
 
 An experiment may have keys for this command, which scripts/train.py ignores:
     sweeps      settings of scripts/train.py, several sweeps in place of one: each line is added to the experiment's
@@ -32,6 +35,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -44,12 +48,13 @@ from pathlib import Path
 from rich.console import Console
 
 import lkda
-from lkda.checks import check_count
+from lkda.checks import InputError, check_count
 from lkda.commands.command_line.errors import FAILED, TRACEBACKS, readable_errors
-from lkda.commands.run.run_directory import read_summary
+from lkda.commands.run.run_directory import RunFiles, read_summary
 from lkda.commands.sweeps.grid_jobs import Job, jobs_of
 from lkda.commands.sweeps.job_lock import JobLock
 from lkda.commands.sweeps.sweep_gpus import jobs_at_once, visible_gpus
+from lkda.io import file_in_the_way
 from lkda.report.draw.tables import rich_table
 
 LOG = "grid.log"
@@ -221,6 +226,8 @@ def run_jobs(
             failed |= _end(one, said, keep_checkpoints=keep_checkpoints)
     for job in waiting:
         said(f"{job.name}: not begun, {_about(estimates[job.name])}")
+    if waiting:
+        said(f"a job has to end {GRACE:.0f} s before the deadline, which are kept for saving checkpoints")
     return failed
 
 
@@ -294,8 +301,11 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     started = time.monotonic()
     check_count("--per-gpu", options.per_gpu, least=1)
     check_count("--measure-at-once", options.measure_at_once, least=1)
-    overrides = [word for word in options.words if "=" in word]
-    jobs = jobs_of([word for word in options.words if "=" not in word], overrides, options.out)
+    _check_times(options)
+    if (in_the_way := file_in_the_way(options.out)) is not None:
+        raise InputError(f"--out={options.out}: {in_the_way}")
+    overrides = [word for word in options.words if "=" in word or word.startswith("~")]
+    jobs = jobs_of([word for word in options.words if word not in overrides], overrides, options.out)
     gpus = visible_gpus()
     _print_plan(jobs, options, places=jobs_at_once(options.per_gpu) if gpus else options.per_gpu, out=console)
     if options.dry_run:
@@ -318,11 +328,26 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return not any(job.commands() for job in jobs)
 
 
+def _check_times(options: argparse.Namespace) -> None:
+    """Raise InputError for times with which no job could begin, or which are no times."""
+    slowdown, deadline = options.slowdown, options.deadline
+    if slowdown is not None and not 0 < slowdown < math.inf:
+        raise InputError(f"--slowdown must be a number above 0, as 1.5 for half as long again, got {slowdown:g}.")
+    if deadline is not None and not GRACE < deadline < math.inf:
+        raise InputError(
+            f"--deadline must be more than {GRACE:.0f} seconds, got {deadline:g}: the last {GRACE:.0f} s are kept for "
+            "saving checkpoints. Leave it out for no deadline."
+        )
+
+
 def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int, out: Console) -> None:
     open_jobs = to_be_done(jobs, again=options.again)
     estimates = [job.seconds(per_gpu=options.per_gpu, slowdown=options.slowdown) for job in open_jobs]
     for job, seconds in zip(open_jobs, estimates, strict=True):
         out.print(f"{job.name}: {_about(seconds)}", soft_wrap=True)
+    for job in jobs:
+        if job.is_trained and not RunFiles(job.directory).config.exists():
+            out.print(f"{job.name}: config.yaml is missing, so its settings are not known to be these", soft_wrap=True)
     known = [seconds for seconds in estimates if seconds is not None]
     unknown = len(open_jobs) - len(known)
     out.print(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lkda.checks import InputError, check_values
+from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.run.run_directory import RunFiles, read_summary
+from lkda.commands.sweeps.job_settings import check_job, errors_of
 from lkda.metrics_file import read_metrics
 from lkda.shipped import CONFIGS
 
-_ESTIMATE = {"start": int | float, "then": int | float, "steps_per_s": dict, "gpu_share": int | float}
+_ESTIMATE = {"start": float, "then": float, "steps_per_s": Mapping[str, float], "gpu_share": float}
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
+# Settings of scripts/train.py that this command sets itself, with what to do instead.
+_OF_GRID = {
+    "experiment": "give the name of the experiment alone",
+    "hydra.run.dir": "a job has a run directory in --out",
+    "hydra.mode": "each job is a run of its own; leave it out",
+    "resume": "the same command continues the jobs that were stopped; leave it out",
+}
 # A job writes into a log, where a bar would be redrawn line by line.
 _QUIET = ("callbacks.overview=null", "callbacks.progress=null")
 
@@ -73,6 +82,11 @@ class Job:
         return run.summary.exists() or run.metrics.exists()
 
     @property
+    def is_trained(self) -> bool:
+        """Whether its training has ended, well or not."""
+        return self.status in ("finished", "diverged")
+
+    @property
     def begins_again(self) -> bool:
         """Whether the job has begun, is not done, and has no checkpoint to go on from."""
         return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
@@ -88,7 +102,7 @@ class Job:
 
     def _all(self) -> list[tuple[str, ...]]:
         """All commands, or those before a training that diverged: there is nothing to measure after it."""
-        found = [("train", *self.overrides, f"hydra.run.dir={self.directory}"), *self.then]
+        found = [_training(self.overrides, self.directory), *self.then]
         ends = [n for n, words in enumerate(found) if words[0] == "train" and _training_status(words) == "diverged"]
         return found[: min(ends, default=len(found))]
 
@@ -127,7 +141,7 @@ class Job:
                 jobs need `per_gpu` times `gpu_share` of a GPU.
         """
         slowdown = max(1.0, per_gpu * self.gpu_share) if slowdown is None else slowdown
-        train = self.begins_again or self.status not in ("finished", "diverged")
+        train = self.begins_again or not self.is_trained
         after = slowdown * self.then_seconds * (len(self.commands()) - train) / max(1, len(self.then))
         if not train:
             return after
@@ -136,6 +150,10 @@ class Job:
         rows = [] if self.begins_again else read_metrics(RunFiles(self.directory).metrics)
         done = int(rows[-1]["step"]) if rows else 0
         return self.start + slowdown * max(0, self.steps - done) / self.steps_per_s + after
+
+
+def _training(overrides: Sequence[str], directory: Path) -> tuple[str, ...]:
+    return "train", *overrides, f"hydra.run.dir={directory}"
 
 
 def _result(words: Sequence[str]) -> Path:
@@ -171,10 +189,13 @@ def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> 
     unknown = [name for name in experiments if name not in there]
     if unknown or not experiments:
         raise InputError(f"give names of experiments: {', '.join(there)}; got {', '.join(unknown) or 'none'}.")
+    for word in overrides:
+        if (instead := _OF_GRID.get(word.lstrip("+~").partition("=")[0])) is not None:
+            raise InputError(f"{word} cannot be used here: {instead}.")
     jobs: list[Job] = []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for name in experiments:
-            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, overrides)]
+            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, as_typed(overrides))]
     names = [job.name for job in jobs]
     double = [name for name in names if names.count(name) > 1]
     if double:
@@ -191,16 +212,20 @@ def _combinations(experiment: str, overrides: Sequence[str]) -> list[tuple[list[
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise InputError(f"sweeps of {experiment} must be a list of lines such as 'seed=1,2 mixer=kda'; got {lines}.")
     parser = OverridesParser.create()
+    with errors_of(experiment):
+        given = parser.parse_overrides([*overrides])
     found = []
     for line in lines:
         try:
             listed = parser.parse_overrides([*own, *shlex.split(line)])
-            given = parser.parse_overrides([*overrides])
             combined = BasicSweeper.split_arguments([*listed, *given], max_batch_size=None)[0]
         except (HydraException, ValueError) as error:
             raise InputError(f"the sweep of {experiment} cannot be read: {' '.join(str(error).split())}") from error
         swept = {one.get_key_element() for one in (*listed, *(one for one in given if one.is_sweep_override()))}
-        found += [_parted(words, swept) for words in combined]
+        # The sweeper writes a deletion ~KEY as ~KEY=null, which deletes only a value of null.
+        deletions = {one.get_key_element(): str(one.input_line) for one in (*listed, *given) if one.is_delete()}
+        written = [[deletions.get(word.partition("=")[0], word) for word in words] for words in combined]
+        found += [_parted(words, swept) for words in written]
     return found
 
 
@@ -215,31 +240,51 @@ def _parted(words: Sequence[str], swept: Collection[str]) -> tuple[list[str], li
 
 def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path) -> Job:
     overrides = (f"experiment={experiment}", *swept, *fixed)
-    try:
-        config = compose("train", list(overrides))
-    except HydraException as error:
-        raise InputError(f"{' '.join(overrides)} cannot be composed: {' '.join(str(error).split())}") from error
-    if config.trainer.devices != 1:
-        raise InputError(f"trainer.devices={config.trainer.devices}: a job has one GPU; run {experiment} by train.py.")
-    estimate = _plain(config, "estimate", {})
-    check_values(estimate, {key: kind for key, kind in _ESTIMATE.items() if key in estimate}, prefix="estimate.")
-    speeds = estimate.get("steps_per_s", {})
     name = f"{experiment}/{_directory_name(swept)}"
     directory = out.absolute() / name
-    then = tuple(tuple(shlex.split(line.replace("{run}", str(directory)))) for line in _lines_after(config))
-    for words in then:
+    words = as_typed(_continuing(_training(overrides, directory))[1:])
+    with errors_of(experiment):
+        config = compose("train", words, return_hydra_config=True)
+    devices = OmegaConf.select(config, "trainer.devices", default=1)
+    if devices != 1:
+        raise InputError(f"trainer.devices={devices}: a job has one GPU; run {experiment} by train.py.")
+    job = Job(name, overrides, directory, None, 0, 0, None, _commands_after(config, directory))
+    with errors_of(name):
+        resumes = not (job.is_trained or job.begins_again)
+        check_job(config, directory, resumes=resumes, ended=job.is_trained)
+        return replace(job, **_estimated(config))
+
+
+def _estimated(config: DictConfig) -> dict[str, Any]:
+    """The fields of a job that its estimate needs."""
+    estimate = _plain(config, "estimate", {})
+    if not isinstance(estimate, dict):
+        raise InputError(f"estimate must have keys of {', '.join(_ESTIMATE)}, got {estimate!r}.")
+    check_values(estimate, _ESTIMATE, prefix="estimate.")
+    speeds = estimate.get("steps_per_s", {})
+    speed = speeds.get(config.mixer.name, speeds.get("default"))
+    found = {
+        "start": estimate.get("start", 0),
+        "then_seconds": estimate.get("then", 0),
+        "steps_per_s": speed,
+        "gpu_share": estimate.get("gpu_share", 1.0),
+    }
+    if min(found["start"], found["then_seconds"], found["gpu_share"]) < 0 or (speed is not None and speed <= 0):
+        raise InputError(f"estimate must have times of 0 or more, and steps_per_s above 0, got {estimate}.")
+    return {**found, "steps": config.trainer.max_steps if config.trainer.max_tokens is None else None}
+
+
+def _commands_after(config: DictConfig, directory: Path) -> tuple[tuple[str, ...], ...]:
+    """The arguments of the commands of `then`."""
+    then = []
+    for line in _lines_after(config):
+        try:
+            words = tuple(word.replace("{run}", str(directory)) for word in shlex.split(line))
+        except ValueError as error:
+            raise InputError(f"a command of `then` cannot be read ({error}): {line}") from error
         _result(words)  # raises where a command names none
-    return Job(
-        name=name,
-        overrides=overrides,
-        directory=directory,
-        steps=config.trainer.max_steps if config.trainer.max_tokens is None else None,
-        start=estimate.get("start", 0),
-        then_seconds=estimate.get("then", 0),
-        steps_per_s=speeds.get(config.mixer.name, speeds.get("default")),
-        then=then,
-        gpu_share=estimate.get("gpu_share", 1.0),
-    )
+        then.append(words)
+    return tuple(then)
 
 
 def _lines_after(config: DictConfig) -> list[str]:
@@ -259,7 +304,9 @@ def _lines_after(config: DictConfig) -> list[str]:
 
 def _plain(config: DictConfig, key: str, otherwise: Any) -> Any:
     found = config.get(key)
-    return otherwise if found is None else OmegaConf.to_container(found, resolve=True)
+    if found is None:
+        return otherwise
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
 
 
 def _directory_name(swept: Sequence[str]) -> str:
@@ -270,6 +317,8 @@ def _directory_name(swept: Sequence[str]) -> str:
 
 def _word(override: str) -> str:
     key, _, value = override.partition("=")
+    if key.startswith("~"):
+        return f"no_{key[1:].rpartition('.')[2]}"
     if value.startswith("{"):
         value = value.strip("{}").replace(":{", ".").replace("}", "").replace(":", "=")
     return re.sub(r"[^\w.=+-]+", "_", f"{key.rpartition('.')[2]}={value}").strip("_")

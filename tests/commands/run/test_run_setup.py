@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from lkda.commands.export import export
@@ -188,3 +189,11 @@ def test_what_earlier_runs_recorded_is_translated() -> None:
     assert found["model"].keys() & {"num_heads", "learning_rate"} == set()
     assert found["scheduler"] == {"name": "wsd", "warmup_steps": 1, "decay_fraction": 0.4, "min_lr_ratio": 0.0}
     assert before["scheduler"]["final"] == 0.0, "the caller's is left as it is"
+
+
+def test_callbacks_are_checked_before_the_data_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lkda.commands.train.prepare_data", None)
+    config = composed("train", "experiment=mqar_learnt", "trainer=cpu", "callbacks.learnt.accuracy=7")
+    with pytest.raises(InstantiationException, match="StopWhenLearnt must be above 0 and at most 1, got 7"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

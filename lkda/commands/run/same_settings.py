@@ -1,0 +1,96 @@
+"""Compares settings with those of a run that its directory already holds, and that may come from another machine."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lkda.checks import InputError, refusing_damage
+from lkda.commands.run.run_directory import MOST_SHOWN, PLACES, RunFiles, changed_settings, differences
+from lkda.old_names import translated
+from lkda.training.precision import resolve_precision
+
+# The end of the `_target_` of a callback that ends a training before its last step.
+_ENDS_TRAINING = ".StopWhenLearnt"
+# The options of data that the model of `init_from` decides, beside the groups model and mixer.
+_OF_INITIAL = ("tokenizer_path", "vocab_size")
+
+
+def check_same_settings(
+    now: Mapping[str, Any], recorded: Mapping[str, Any], directory: Path, *, resumes: bool, ended: bool
+) -> None:
+    """Raise InputError if the run in `directory` has other settings than are asked for.
+
+    The settings that may differ are those that may differ when a run is resumed. But the result of a training that has
+    ended is that of its length, so the length must be the same too.
+
+    Args:
+        now: the configuration, as config.yaml would hold it.
+        recorded: the content of the config.yaml of the run.
+        resumes: whether the run will be continued. Otherwise `now` is of `settings_as_recorded`, and the run may come
+            from another machine, where trainer.precision=auto and the paths meant something else.
+        ended: whether its training has ended.
+    """
+    with refusing_damage(RunFiles(directory).config):
+        before, now = translated(recorded), translated(now)
+        if not resumes:
+            now = _on_that_machine(now, before)
+        changed = changed_settings(before, now, free_places=resumes)
+        changed += differences(_length(before), _length(now)) if ended else []
+    if changed:
+        raise InputError(
+            f"{directory} holds a run with other settings ({'; '.join(changed[:MOST_SHOWN])}). Give another --out, or "
+            "the recorded settings."
+        )
+
+
+def _length(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides when a training ends. With trainer.max_tokens, trainer.max_steps has no effect."""
+    trainer = config["trainer"]
+    name = "max_steps" if trainer.get("max_tokens") is None else "max_tokens"
+    callbacks = config.get("callbacks") or {}
+    ending = {
+        f"callbacks.{key}.{option}": value
+        for key, callback in callbacks.items()
+        if callback and str(callback.get("_target_")).endswith(_ENDS_TRAINING)
+        for option, value in callback.items()
+        if option != "_target_"
+    }
+    return {f"trainer.{name}": trainer.get(name), **ending}
+
+
+def _on_that_machine(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `now` as they would be recorded on the machine of the run `before`."""
+    precision = _precision(now["trainer"]["precision"], before["trainer"].get("precision"))
+    data = dict(now["data"])
+    for name in (*PLACES, "name"):
+        if name in data:
+            data[name] = _place(data[name], before["data"].get(name))
+    found = {**now, "trainer": {**now["trainer"], "precision": precision}, "data": data}
+    if now.get("init_from") is None or before.get("init_from") is None:
+        return found
+    of_initial = {name: before["data"].get(name) for name in _OF_INITIAL if name in data}
+    groups = {"model": before["model"], "mixer": before["mixer"], "data": data | of_initial}
+    return found | groups | {"init_from": _place(now["init_from"], before["init_from"])}
+
+
+def _precision(now: object, before: object) -> object:
+    """`now` in the form in which it is recorded. What `auto` means depends on the device."""
+    if now == "auto" and before is not None:
+        return before
+    return resolve_precision(now, torch.device("cuda"))  # the words that it accepts are those of all devices
+
+
+def _place(now: Any, before: Any) -> Any:
+    """`before` if `now` may be the same path, or list of paths, on another machine: if `before` is not on this one, and
+    the last parts are the same. Otherwise `now`."""
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return [_place(*pair) for pair in zip(now, before, strict=True)]
+    if not isinstance(now, str) or not isinstance(before, str) or not Path(before).is_absolute():
+        return now
+    is_here = bool(glob.glob(before)) or Path(before).exists()
+    return before if not is_here and Path(now).name == Path(before).name else now
