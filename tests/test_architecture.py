@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report.read",
     },
     "commands.train": {"commands.command_line", "commands.run", "models", "training.*"},
-    "commands.sweeps": {"commands.command_line", "commands.settings", "commands.run", "report.draw"},
+    "commands.sweeps": {"commands.command_line", "commands.settings", "commands.run", "data", "report.draw"},
     "commands.benchmarks": {
         "commands.command_line",
         "commands.settings",

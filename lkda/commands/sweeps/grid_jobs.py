@@ -20,6 +20,7 @@ from lkda.checks import InputError, check_values
 from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.run.run_directory import RunFiles, read_summary
 from lkda.commands.sweeps.job_settings import check_job, errors_of
+from lkda.data.progress import patient_progress
 from lkda.metrics_file import read_metrics
 from lkda.shipped import CONFIGS
 
@@ -193,9 +194,12 @@ def jobs_of(experiments: Sequence[str], overrides: Sequence[str], out: Path) -> 
         if (instead := _OF_GRID.get(word.lstrip("+~").partition("=")[0])) is not None:
             raise InputError(f"{word} cannot be used here: {instead}.")
     jobs: list[Job] = []
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name in experiments:
-            jobs += [_job(name, swept, fixed, out) for swept, fixed in _combinations(name, as_typed(overrides))]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"), patient_progress() as bar:
+        found = [(name, one) for name in experiments for one in _combinations(name, as_typed(overrides))]
+        task = bar.add_task("checking the settings of the jobs", total=len(found))
+        for name, (swept, fixed) in found:
+            jobs.append(_job(name, swept, fixed, out))
+            bar.advance(task)
     names = [job.name for job in jobs]
     double = [name for name in names if names.count(name) > 1]
     if double:

@@ -193,7 +193,7 @@ def test_what_earlier_runs_recorded_is_translated() -> None:
 
 def test_callbacks_are_checked_before_the_data_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lkda.commands.train.prepare_data", None)
-    config = composed("train", "experiment=mqar_learnt", "trainer=cpu", "callbacks.learnt.accuracy=7")
+    config = composed("train", "experiment=kimi_synthetics", "trainer=cpu", "callbacks.learnt.accuracy=7")
     with pytest.raises(InstantiationException, match="StopWhenLearnt must be above 0 and at most 1, got 7"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
