@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
@@ -15,6 +17,9 @@ from lkda.report.training.accuracy import Line, Point, describe
 
 COLUMNS = 4
 WIDTH, HEIGHT = 2.35, 2.2  # of a panel, in inches
+# Of the first and of the last line, in points. A later line is drawn over the earlier ones, which show around it where
+# both have the same accuracy.
+MARKER_SIZES, LINE_WIDTHS = (7.0, 4.0), (2.6, 1.3)
 
 
 def by_state(lines: Sequence[Line]) -> Picture | None:
@@ -90,19 +95,22 @@ def _panels(
         rows = -(-(len(cells) + 1) // columns)
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
-        looks = [
+        sizes = np.linspace(*MARKER_SIZES, len(lines)), np.linspace(*LINE_WIDTHS, len(lines))
+        chosen = style.looks([line.mixer for line in lines], [line.label for line in lines])
+        looks: list[dict[str, Any]] = [
             {"color": look.colour, "linestyle": look.line, "marker": MARKERS[n % len(MARKERS)]}
-            for n, look in enumerate(style.looks([line.mixer for line in lines], [line.label for line in lines]))
+            | {"markersize": marker, "linewidth": width}
+            for n, (look, marker, width) in enumerate(zip(chosen, *sizes, strict=True))
         ]
         for axes, cell in zip(grid, cells, strict=False):
             panel(axes, cell)
             for line, look in zip(lines, looks, strict=True):
                 found = sorted(points(line, cell), key=lambda pair: pair[0])
-                axes.plot([at for at, _ in found], [p.accuracy for _, p in found], markersize=4, linewidth=1.5, **look)
+                axes.plot([at for at, _ in found], [p.accuracy for _, p in found], **look)
                 axes.vlines(
                     [at for at, _ in found], [p.low for _, p in found], [p.high for _, p in found], look["color"]
                 )
-            axes.set_ylim(-0.04, 1.04)
+            axes.set_ylim(-0.06, 1.06)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.tick_params(labelsize=7.5)
         for axes in grid[len(cells) :]:
