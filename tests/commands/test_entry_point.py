@@ -56,6 +56,37 @@ def test_it_lists_the_commands(
     assert all(f"\n  {name} " in printed for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train --mixer kda", "--mixer is not an option: a setting has no dashes, as in mixer=kda. lkda train --help"),
+        ("train --max-steps=5", "--max-steps=5 is not an option: a setting has no dashes, as in max_steps=5. "),
+        ("train mixer kda", "'mixer' is not key=value. Give each setting with its name, as in seed=1."),
+        ("compare runs/a runs/b", "'runs/a' is not key=value. Give the runs as runs='outputs/*' or runs='[runs/one,"),
+        ("evaluate runs/a", "'runs/a' is not key=value. Give a run as ckpt=runs/one."),
+        ("train data.paths=[texts]", "data.paths needs data=files beside it (or data=tokens, data=completions)"),
+    ],
+)
+def test_a_word_that_is_no_setting_is_one_line(
+    words: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/somewhere/bin/lkda")
+    assert typed(monkeypatch, *words.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {expected}"), printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["--cfg job", "-c job data=files data.paths=[a]", "--hydra-help", "--resolve --cfg job"]
+)
+def test_flags_of_hydra_are_no_settings(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, "train", *words.split()) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, "trian") == 2
     assert capsys.readouterr().err.startswith("error: lkda has no command 'trian'. Did you mean train? It has train,")
