@@ -195,7 +195,7 @@ def test_an_experiment_that_was_run_once_is_printed_as_one_run(
     assert typed(monkeypatch, "train", *words) == 0
     (_, printed) = capsys.readouterr().out.split("\nnext:\n")
     again = shlex.split(printed.splitlines()[2])[1:]
-    assert again == ["train", *words[:-1], "mixer=softmax"]
+    assert again == ["train", *words[:-1], "mixer=softmax", "hydra.run.dir=run_softmax"]
 
 
 @pytest.mark.slow
@@ -217,11 +217,17 @@ def test_printed_commands_can_be_pasted(
     assert typed(monkeypatch, *generate[:-1], "prompt=???", "max_new_tokens=0") == 0
     assert capsys.readouterr().out == "???\n"
     assert typed(monkeypatch, *evaluate, "accelerator=cpu") == 0
-    assert train == ["train", *words, "mixer=softmax"]  # the same data and model
+    assert train[:-1] == ["train", *words, "mixer=softmax"]  # the same data and model
+    beside: list[str] = []
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: beside.append(directory) or {})
+    assert typed(monkeypatch, *train) == 0
+    assert [Path(directory) for directory in beside] == [nasty.with_name("run 1_softmax")]
     asked = [DictConfig({})]
     monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
     assert typed(monkeypatch, *compare) == 0
-    assert _find(asked[-1].runs, option="runs", what="run directories") == [nasty.relative_to(tmp_path)]
+    assert _find(asked[-1].runs, option="runs", what="run directories") == [
+        path.relative_to(tmp_path) for path in (nasty, nasty.with_name("run 1_softmax"))
+    ]  # both runs
 
 
 @contextmanager
