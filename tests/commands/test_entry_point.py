@@ -64,6 +64,10 @@ def test_it_lists_the_commands(
         ("train mixer kda", "'mixer' is not key=value. Give each setting with its name, as in seed=1."),
         ("compare runs/a runs/b", "'runs/a' is not key=value. Give the runs as runs='outputs/*' or runs='[runs/one,"),
         ("evaluate runs/a", "'runs/a' is not key=value. Give a run as ckpt=runs/one."),
+        (
+            "train mixer=kda,softmax",
+            "mixer=kda,softmax has several values: add -m in front of it to train with each of ",
+        ),
         ("train data.paths=[texts]", "data.paths needs data=files beside it (or data=tokens, data=completions)"),
     ],
 )
@@ -196,6 +200,15 @@ def test_an_experiment_that_was_run_once_is_printed_as_one_run(
     (_, printed) = capsys.readouterr().out.split("\nnext:\n")
     again = shlex.split(printed.splitlines()[2])[1:]
     assert again == ["train", *words[:-1], "mixer=softmax", "hydra.run.dir=run_softmax"]
+
+
+def test_the_other_mixer_has_a_convolution_first_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two layers, softmax alone does not learn recall."""
+    words = ("debug=fast", "data=mqar", "model=recall", "trainer=cpu", "mixer=conv_kda")
+    assert typed(monkeypatch, "train", *words, f"hydra.run.dir={tmp_path}/run") == 0
+    assert " mixer=conv_softmax " in capsys.readouterr().out.split("\nnext:\n")[1]
 
 
 @pytest.mark.slow

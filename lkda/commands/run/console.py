@@ -153,6 +153,8 @@ def resume_command(run: RunDirectory) -> str:
 def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
     checkpoints = f"{short(run.path)}/checkpoints"
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
+    if any(word.startswith("mixer=conv_") for word in typed_overrides()):
+        other = f"conv_{other}"  # it has a convolution as its first layer, too
     same = given_overrides(without=("mixer", "init_from=", "resume="))
     if not same and not of_text:
         same = [f"data={summary['data']}", f"model={summary['model']}"]
