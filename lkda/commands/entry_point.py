@@ -106,7 +106,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         register()
         if name == "train":
             check_search(arguments)
-        words = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
+        words = _flags_first(as_typed(arguments, verbatim=_VERBATIM.get(name, ())))
         sys.argv[1:] = [*words, *defaults_of_plugins(words)]
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.
         # `finally` is needed because Hydra itself exits after some of its flags.
@@ -180,6 +180,13 @@ def _check_words(arguments: Sequence[str], *, command: str) -> None:
             )
         if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
             raise InputError(f"{word!r} is not key=value. {_WITHOUT_A_KEY.get(command, _A_SETTING)}")
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """The words with the settings behind the flags: argparse does not read settings on both sides of a flag."""
+    is_setting = [word.startswith("~") or ("=" in word and not word.startswith("-")) for word in words]
+    flags = [word for word, setting in zip(words, is_setting, strict=True) if not setting]
+    return flags + [word for word, setting in zip(words, is_setting, strict=True) if setting]
 
 
 def _check_data_paths(arguments: Sequence[str]) -> None:

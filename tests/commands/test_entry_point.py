@@ -82,7 +82,14 @@ def test_a_word_that_is_no_setting_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "words", ["--cfg job", "-c job data=files data.paths=[a]", "--hydra-help", "--resolve --cfg job"]
+    "words",
+    [
+        "--cfg job",
+        "-c job data=files data.paths=[a]",
+        "--hydra-help",
+        "--resolve --cfg job",
+        "seed=2 --cfg job ~debug data=sotu",
+    ],
 )
 def test_flags_of_hydra_are_no_settings(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
