@@ -60,9 +60,12 @@ class RunConsole:
         if steps < prepared.total_steps and stop is not None:
             what += f", whose accuracy is {prepared.learnt_accuracy(self.run.read_summary())}"
             advice = f" To train on, set {stop[0]}={stop[1]} higher than that, or leave this callback out."
-        elif steps == prepared.total_steps:
-            length = "max_steps" if prepared.plan.trainer.max_tokens is None else "max_tokens"
-            advice = f" To train on, set trainer.{length} to more than {getattr(prepared.plan.trainer, length)}."
+        elif prepared.plan.trainer.max_tokens is None:
+            advice = f" To train on, set trainer.max_steps to more than {steps}."
+        else:
+            advice = (
+                f" To train on, set trainer.max_tokens to more than {steps * prepared.metadata['tokens_per_step']}."
+            )
         self._line(f"{what}: nothing to do.{advice}")
 
     def print_lost_rows(self, step: int) -> None:
