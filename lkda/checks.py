@@ -78,7 +78,9 @@ def check_values(given: Mapping[str, object], declared: Mapping[str, Any], *, pr
     """
     for name, value in given.items():
         if name in declared and not _fits(value, declared[name]):
-            raise InputError(f"{prefix}{name} must be {_in_words(declared[name])}, got {value!r}.")
+            in_brackets = isinstance(value, str) and value != "" and _fits([value], declared[name])
+            advice = f": put it into brackets, {prefix}{name}='[{value}]'" if in_brackets else ""
+            raise InputError(f"{prefix}{name} must be {_in_words(declared[name])}, got {value!r}{advice}.")
 
 
 def _fits(value: object, declared: Any) -> bool:

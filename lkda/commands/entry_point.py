@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +36,15 @@ COMMANDS = {
     "compare": "compare runs: a table, plots and a page",
     "benchmark": "measure operators, training steps and decoding",
     "prepare-data": "download and tokenize a mix of public texts, or tokenize your own files",
+}
+# For a word without "=": what was probably meant.
+_A_SETTING = "Give each setting with its name, as in seed=1."
+_WITHOUT_A_KEY = {
+    "generate": "A prompt of several words must be in quotes, as in prompt='Fellow citizens'; or give "
+    "prompt_file=PATH, or pipe the text in.",
+    "compare": "Give the runs as runs='outputs/*' or runs='[runs/one,runs/two]', in quotes.",
+    "evaluate": "Give a run as ckpt=runs/one.",
+    "export": "Give a run as ckpt=runs/one.",
 }
 # Settings whose value is taken literally and is not parsed by Hydra's grammar.
 _VERBATIM = {"generate": ("prompt",)}
@@ -88,14 +98,15 @@ def _run(name: str, arguments: Sequence[str]) -> None:
 
     _replace_what_cannot_be_printed()
     with readable_errors(), plain_warnings():
-        if name == "generate":
-            _check_words(arguments)
+        _check_words(arguments, command=name)
         if name == "evaluate":
             _check_data_options(arguments)
+        if name == "train":
+            _check_data_paths(arguments)
         register()
         if name == "train":
             check_search(arguments)
-        words = as_typed(arguments, verbatim=_VERBATIM.get(name, ()))
+        words = _flags_first(as_typed(arguments, verbatim=_VERBATIM.get(name, ())))
         sys.argv[1:] = [*words, *defaults_of_plugins(words)]
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.
         # `finally` is needed because Hydra itself exits after some of its flags.
@@ -154,15 +165,35 @@ def _check_resume(config: DictConfig) -> None:
         )
 
 
-def _check_words(arguments: Sequence[str]) -> None:
-    """Raises InputError for a prompt that the shell has split into words."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
+def _check_words(arguments: Sequence[str], *, command: str) -> None:
+    """Raises InputError for a word that is neither key=value nor a flag of Hydra's, such as one word of a prompt that
+    the shell has split, or an option with dashes."""
+    flags = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for before, word, after in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
         value_of_a_flag = before.startswith("-") and "=" not in before
-        if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
+        if word.startswith("--") and not any(flag.startswith(word.partition("=")[0]) for flag in flags):
+            key, _, value = word.lstrip("-").partition("=")
+            meant = f"{key.replace('-', '_')}={value or after or 'VALUE'}"
             raise InputError(
-                f"{word!r} is not key=value. A prompt of several words must be in quotes, as in "
-                "prompt='Fellow citizens'; or give prompt_file=PATH, or pipe the text in."
+                f"{word} is not an option: a setting has no dashes, as in {meant}. "
+                f"python scripts/{command.replace('-', '_')}.py --help lists what there is."
             )
+        if "=" not in word and not word.startswith(("-", "~")) and not value_of_a_flag:
+            raise InputError(f"{word!r} is not key=value. {_WITHOUT_A_KEY.get(command, _A_SETTING)}")
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    """The words with the settings behind the flags: argparse does not read settings on both sides of a flag."""
+    is_setting = [word.startswith("~") or ("=" in word and not word.startswith("-")) for word in words]
+    flags = [word for word, setting in zip(words, is_setting, strict=True) if not setting]
+    return flags + [word for word, setting in zip(words, is_setting, strict=True) if setting]
+
+
+def _check_data_paths(arguments: Sequence[str]) -> None:
+    """Raises InputError for files as data without a choice of data that has files."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in arguments]
+    if "data.paths" in keys and not {"data", "experiment"} & set(keys):
+        raise InputError("data.paths needs data=files beside it (or data=tokens, data=completions): give both.")
 
 
 def _check_data_options(arguments: Sequence[str]) -> None:

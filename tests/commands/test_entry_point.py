@@ -56,6 +56,48 @@ def test_it_lists_the_commands(
     assert all(f"\n  {name} " in printed for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train --mixer kda", "--mixer is not an option: a setting has no dashes, as in mixer=kda. lkda train --help"),
+        ("train --max-steps=5", "--max-steps=5 is not an option: a setting has no dashes, as in max_steps=5. "),
+        ("train mixer kda", "'mixer' is not key=value. Give each setting with its name, as in seed=1."),
+        ("compare runs/a runs/b", "'runs/a' is not key=value. Give the runs as runs='outputs/*' or runs='[runs/one,"),
+        ("evaluate runs/a", "'runs/a' is not key=value. Give a run as ckpt=runs/one."),
+        (
+            "train mixer=kda,softmax",
+            "mixer=kda,softmax has several values: add -m in front of it to train with each of ",
+        ),
+        ("train data.paths=[texts]", "data.paths needs data=files beside it (or data=tokens, data=completions)"),
+    ],
+)
+def test_a_word_that_is_no_setting_is_one_line(
+    words: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/somewhere/bin/lkda")
+    assert typed(monkeypatch, *words.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {expected}"), printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--cfg job",
+        "-c job data=files data.paths=[a]",
+        "--hydra-help",
+        "--resolve --cfg job",
+        "seed=2 --cfg job ~debug data=sotu",
+    ],
+)
+def test_flags_of_hydra_are_no_settings(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, "train", *words.split()) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unknown_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, "trian") == 2
     assert capsys.readouterr().err.startswith("error: lkda has no command 'trian'. Did you mean train? It has train,")
@@ -164,7 +206,16 @@ def test_an_experiment_that_was_run_once_is_printed_as_one_run(
     assert typed(monkeypatch, "train", *words) == 0
     (_, printed) = capsys.readouterr().out.split("\nnext:\n")
     again = shlex.split(printed.splitlines()[2])[1:]
-    assert again == ["train", *words[:-1], "mixer=softmax"]
+    assert again == ["train", *words[:-1], "mixer=softmax", "hydra.run.dir=run_softmax"]
+
+
+def test_the_other_mixer_has_a_convolution_first_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two layers, softmax alone does not learn recall."""
+    words = ("debug=fast", "data=mqar", "model=recall", "trainer=cpu", "mixer=conv_kda")
+    assert typed(monkeypatch, "train", *words, f"hydra.run.dir={tmp_path}/run") == 0
+    assert " mixer=conv_softmax " in capsys.readouterr().out.split("\nnext:\n")[1]
 
 
 @pytest.mark.slow
@@ -186,11 +237,17 @@ def test_printed_commands_can_be_pasted(
     assert typed(monkeypatch, *generate[:-1], "prompt=???", "max_new_tokens=0") == 0
     assert capsys.readouterr().out == "???\n"
     assert typed(monkeypatch, *evaluate, "accelerator=cpu") == 0
-    assert train == ["train", *words, "mixer=softmax"]  # the same data and model
+    assert train[:-1] == ["train", *words, "mixer=softmax"]  # the same data and model
+    beside: list[str] = []
+    monkeypatch.setattr("lkda.commands.train.train", lambda config, directory: beside.append(directory) or {})
+    assert typed(monkeypatch, *train) == 0
+    assert [Path(directory) for directory in beside] == [nasty.with_name("run 1_softmax")]
     asked = [DictConfig({})]
     monkeypatch.setattr("lkda.commands.compare.compare", asked.append)
     assert typed(monkeypatch, *compare) == 0
-    assert _find(asked[-1].runs, option="runs", what="run directories") == [nasty.relative_to(tmp_path)]
+    assert _find(asked[-1].runs, option="runs", what="run directories") == [
+        path.relative_to(tmp_path) for path in (nasty, nasty.with_name("run 1_softmax"))
+    ]  # both runs
 
 
 @contextmanager

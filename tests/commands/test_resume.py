@@ -203,7 +203,12 @@ def test_a_finished_run_stays_as_it_is(corpus: Path, tmp_path: Path, capsys: Any
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run(corpus, directory, *SHORT, "resume=true") == first
-    assert "holds a finished run of 7 steps" in capsys.readouterr().out.replace("\n", "")
+    said = "holds a finished run of 7 steps: nothing to do. To train on, set trainer.max_steps to more than 7.\n"
+    assert said in capsys.readouterr().out
+    assert run(corpus, directory, *SHORT, "trainer.max_steps=5", "resume=true") == first
+    assert said in capsys.readouterr().out
+    assert run(corpus, directory, *SHORT, "trainer.max_tokens=448", "resume=true") == first
+    assert said.replace("max_steps to more than 7", "max_tokens to more than 448") in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()} == before
 
 

@@ -1,4 +1,5 @@
-"""Messages for overrides that do not fit a list or a mapping of the configuration, in place of Hydra's own."""
+"""Messages for overrides that do not fit a list or a mapping of the configuration, in place of Hydra's own, and for
+several values without a sweep."""
 
 from __future__ import annotations
 
@@ -10,14 +11,22 @@ from omegaconf.errors import ConfigIndexError, ConfigTypeError
 
 _EXAMPLE = "as in data.train.0.pairs=5 for the first entry"
 _NO_NUMBER = re.compile(r"Index '.*' \(str\) is not an int|invalid literal for int")
+_SEVERAL = re.compile(r"Ambiguous value for argument '(?P<key>.*?)=(?P<values>.*)'")
 _IN_BRACKETS = re.compile(r"\[(\d+)\]")
 
 
 def list_entry_message(error: Exception) -> str | None:
-    """The message for an error of Hydra or OmegaConf about a list or a mapping; None for any other error."""
+    """The message for an error of Hydra or OmegaConf about a list, a mapping or several values; None for any
+    other error."""
     if isinstance(error, OverrideParseException):
         return _of_brackets(str(error.override))
     text = str(error)
+    if (several := _SEVERAL.match(text)) is not None:
+        key, values = several.groups()
+        return (
+            f"{key}={values} has several values: add -m in front of it to train with each of them, or put them into "
+            f"brackets if they are one list, {key}='[{values}]'."
+        )
     if isinstance(error, TypeError | ValueError) and _NO_NUMBER.match(text):
         found = re.findall(r"'(.*?)'", text)
         return f"{found[0]!r} is not the number of an entry of a list: entries are numbered from 0, {_EXAMPLE}."

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from lkda.commands.command_line.invocation import command, given_overrides, short
+from lkda.commands.command_line.invocation import command, given_overrides, short, typed_overrides
 from lkda.commands.command_line.overrides import override
 from lkda.commands.command_line.text import encode_prompt, text_pieces
 from lkda.commands.run.prepared_run import PreparedRun
@@ -60,6 +60,12 @@ class RunConsole:
         if steps < prepared.total_steps and stop is not None:
             what += f", whose accuracy is {prepared.learnt_accuracy(self.run.read_summary())}"
             advice = f" To train on, set {stop[0]}={stop[1]} higher than that, or leave this callback out."
+        elif prepared.plan.trainer.max_tokens is None:
+            advice = f" To train on, set trainer.max_steps to more than {steps}."
+        else:
+            advice = (
+                f" To train on, set trainer.max_tokens to more than {steps * prepared.metadata['tokens_per_step']}."
+            )
         self._line(f"{what}: nothing to do.{advice}")
 
     def print_lost_rows(self, step: int) -> None:
@@ -150,16 +156,22 @@ def resume_command(run: RunDirectory) -> str:
 def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
     checkpoints = f"{short(run.path)}/checkpoints"
     other = "softmax" if summary["mixer"] != "softmax" else "kda"
+    if any(word.startswith("mixer=conv_") for word in typed_overrides()):
+        other = f"conv_{other}"  # it has a convolution as its first layer, too
     same = given_overrides(without=("mixer", "init_from=", "resume="))
     if not same and not of_text:
         same = [f"data={summary['data']}", f"model={summary['model']}"]
     beside = f"{glob.escape(short(run.path.parent))}/*"
+    # A directory of its own beside this one, if this one was named: so `compare` finds both runs.
+    named = any(word.startswith("hydra.run.dir=") for word in typed_overrides(of_hydra=True))
+    name = other if run.path.name == summary["mixer"] else f"{run.path.name}_{other}"
+    other_run = [override("hydra.run.dir", short(run.path.with_name(name)))] if named else []
     sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
     evaluate = command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt"))
     return [
         *([sample] if of_text else []),
         *([evaluate] if of_text or "val_subsets" in summary else []),  # not of random tokens
-        command("train", *same, f"mixer={other}"),
+        command("train", *same, f"mixer={other}", *other_run),
         command("compare", override("runs", beside), "out=comparison"),
     ]
 

@@ -160,9 +160,10 @@ def compare(
                 f"none of the runs has a validation at step {step} ({there}); "
                 "give a step at which all of them have one, or leave step out for finished runs at their end."
             )
+        above = [f", as in runs='{path}/*'" for path in directories if any(path.glob("*/summary.json"))]
         raise InputError(
-            f"none of the {len(directories)} paths is the directory of a finished run ({reasons}); give those that "
-            "hold a summary.json."
+            f"no finished run in the paths of runs ({reasons}); give the directories that hold a summary.json"
+            f"{''.join(above[:1])}."
         )
     if train_again is not None:
         runs = [replace(run, summary=run.summary | {COMMAND: train_again(run.config)}) for run in runs]

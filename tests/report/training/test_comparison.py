@@ -278,7 +278,11 @@ def test_the_command_prints_the_table_and_what_was_left_out(tmp_path, runs, caps
     ("changes", "message"),
     [
         ({"runs": "{}/non*"}, r"runs=.*/non\* matches nothing; give run directories"),
-        ({"runs": "{}"}, r"none of the 1 paths is the directory of a finished run \(.*no summary.json: not a run\)"),
+        (
+            {"runs": "{}"},
+            r"no finished run in the paths of runs \(.*no summary.json: not a run\); give .* summary.json\.$",
+        ),
+        ({"runs": "{runs}"}, r"no finished run in .*not a run\); give the directories .*, as in runs='.*/\*'\.$"),
         ({"out": "{}/file"}, r"out=.*/file: .*/file is a file, and a directory is expected"),
         ({"bench": "{}/file"}, r"file cannot be read as JSON"),
         ({"bench": "{}/missing"}, r"bench=.*/missing matches nothing; give results of scripts/benchmark.py"),
@@ -298,7 +302,9 @@ def test_bad_input_gets_one_clear_error(tmp_path, runs, changes, message):
     row = '{"implementation": "lkda", "model": "small", "mixer": "kda"}'
     (tmp_path / "decode.json").write_text(f'{{"kind": "decode", "header": {{}}, "rows": [{row}]}}')
     given = {"runs": f"{runs[0].parent}/*", "out": "{}/out"} | changes
-    config = configuration(**{name: value and value.format(tmp_path) for name, value in given.items()})
+    config = configuration(
+        **{name: value and value.format(tmp_path, runs=runs[0].parent) for name, value in given.items()}
+    )
     with pytest.raises(ValueError, match=message):
         compare_command(config)
 
