@@ -88,7 +88,7 @@ def test_a_word_that_is_no_setting_is_one_line(
         "-c job data=files data.paths=[a]",
         "--hydra-help",
         "--resolve --cfg job",
-        "seed=2 --cfg job ~debug data=sotu",
+        "seed=2 --cfg job ~experiment data=sotu",
     ],
 )
 def test_flags_of_hydra_are_no_settings(
