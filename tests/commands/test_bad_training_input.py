@@ -288,7 +288,19 @@ TRAINING = [
         r"logger.wandb.colour is not an option of wandb_logger, which takes .*tags",
     ),
     ("+logger.wandb=0", r"logger.wandb is not a logger"),
-    ("logger.wandb.project=mine", r"Could not override 'logger.wandb.project'.$"),
+    (
+        "logger.wandb.project=mine",
+        r"Could not override 'logger.wandb.project'. It is a setting of logger=wandb: choose",
+    ),
+    (
+        "data.val_fraction=0.1",
+        r"'data.val_fraction'. It is a setting of data=completions, data=files, .*: choose one of these. The chosen",
+    ),
+    ("mixer.mla.qk_norm=true", r"It is a setting of mixer=kda_mla_3to1, mixer=mla: choose one of these."),
+    (
+        "data=mqar",
+        r"data=mqar has 8192 tokens, but the model has only 2048 rows: choose model=recall, or set model.voc",
+    ),
     # the sample at the end
     ("sample.temperature=-1", r"sample.temperature must be 0 or more, got -1"),
     ("sample.prompt=${{x}}", r"sample.prompt: Interpolation key 'x' not found. .*; in a text, write \\\$\{...\}"),

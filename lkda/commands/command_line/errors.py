@@ -27,6 +27,7 @@ from omegaconf.errors import (
 
 import lkda
 from lkda.checks import InputError
+from lkda.commands.command_line.choices import choices_with
 from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import with_started_command
 from lkda.commands.command_line.list_entries import list_entry_message
@@ -294,5 +295,8 @@ def _configuration_message(error: Exception) -> str:
     known = [str(key) for key in cause.parent_node if key not in ("hydra", "_target_")]
     near = _near(str(cause.key), known)
     hint = f" Did you mean {near}?" if near else ""
-    there = f" It has {', '.join(known)}." if known else ""
-    return f"{text.split(' To append')[0]}{hint}{there}"
+    others = [] if near else choices_with(str(cause.full_key))
+    which = "one of these" if len(others) > 1 else "that"
+    elsewhere = f" It is a setting of {', '.join(others)}: choose {which}." if others else ""
+    there = f" {'The chosen one' if others else 'It'} has {', '.join(known)}." if known else ""
+    return f"{text.split(' To append')[0]}{hint}{elsewhere}{there}"

@@ -195,6 +195,7 @@ def with_data(plan: RunPlan, data: IndexedDataModule, saved: Saved | None) -> Pr
             context=data.context,
             # Of these data, data.vocab_size says how many tokens there are.
             data_has_vocab_size="vocab_size" in plan.data and plan.data.get("tokenizer_path") is None,
+            task=data.source if data.val_subsets else None,
         ),
         metadata=metadata,
         total_steps=plan.trainer.steps(tokens_per_step),
@@ -215,7 +216,12 @@ def _test_metadata(test: TestSplit) -> dict[str, Any]:
 
 
 def model_config(
-    model: Mapping[str, Any], *, vocab_size: int, context: int, data_has_vocab_size: bool = False
+    model: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    context: int,
+    data_has_vocab_size: bool = False,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """The complete dict of `build_model`.
 
@@ -224,14 +230,16 @@ def model_config(
         vocab_size: of the tokenizer. The embedding has as many rows, unless model.vocab_size is larger.
         context: training length in tokens.
         data_has_vocab_size: whether data.vocab_size may be advised, where the embedding has too few rows.
-    Raises: InputError if the tokenizer has more tokens than the embedding has rows.
+        task: the name of the data if they are a synthetic task, which has no tokenizer.
+    Raises: InputError if the tokenizer or the task has more tokens than the embedding has rows.
     """
     rows = model["vocab_size"] or vocab_size
     if vocab_size > rows:
         instead = f", or data.vocab_size to {rows} or less" if data_has_vocab_size else ""
+        what, choose = ("the tokenizer", "") if task is None else (f"data={task}", "choose model=recall, or ")
         raise InputError(
-            f"the tokenizer has {vocab_size} tokens, but the model has only {rows} rows: "
-            f"set model.vocab_size to {vocab_size} or more{instead}."
+            f"{what} has {vocab_size} tokens, but the model has only {rows} rows: "
+            f"{choose}set model.vocab_size to {vocab_size} or more{instead}."
         )
     return {**model, "vocab_size": rows, "context": context}
 
