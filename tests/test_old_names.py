@@ -108,7 +108,8 @@ def test_the_mqar_of_today_keeps_its_name():
 
 
 def test_a_run_directory_has_subsets(tmp_path):
-    run = write_run(tmp_path / "a", "kda", parts=[PART], **{"val/accuracy": 0.5, "val/bits_per_byte": None})
+    summary = {"val/accuracy": 0.5, "val/bits_per_byte": None, "context": 64, "learning_rate": 1e-3}
+    run = write_run(tmp_path / "a", "kda", parts=[PART], **summary)
     summary = read_run(run).summary
     assert summary["val_subsets"] == [SUBSET]
     assert "parts" not in summary

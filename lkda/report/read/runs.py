@@ -147,7 +147,7 @@ def _check_summary(summary: dict[str, Any], *, finished: bool) -> None:
 
 def _check_task(summary: dict[str, Any], config: dict[str, Any]) -> None:
     """Raises: InputError where a run of a synthetic task lacks what the table by subset of the validation needs."""
-    if "val_subsets" not in summary:
+    if not summary.get("val_subsets"):
         return
     missing = [f"summary.json lacks {key}" for key in ("context", "learning_rate") if not _is_number(summary.get(key))]
     missing += [] if isinstance(summary.get("data"), str) else ["summary.json lacks data"]

@@ -57,7 +57,7 @@ class Line:
 
 def has_val_subsets(run: Run) -> bool:
     """Whether it is a run of a synthetic task."""
-    return "val_subsets" in run.summary
+    return bool(run.summary.get("val_subsets"))
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
