@@ -101,8 +101,6 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         _check_words(arguments, command=name)
         if name == "evaluate":
             _check_data_options(arguments)
-        if name == "train":
-            _check_data_paths(arguments)
         register()
         if name == "train":
             check_search(arguments)
@@ -187,13 +185,6 @@ def _flags_first(words: Sequence[str]) -> list[str]:
     is_setting = [word.startswith("~") or ("=" in word and not word.startswith("-")) for word in words]
     flags = [word for word, setting in zip(words, is_setting, strict=True) if not setting]
     return flags + [word for word, setting in zip(words, is_setting, strict=True) if setting]
-
-
-def _check_data_paths(arguments: Sequence[str]) -> None:
-    """Raises InputError for files as data without a choice of data that has files."""
-    keys = [word.lstrip("+~").partition("=")[0] for word in arguments]
-    if "data.paths" in keys and not {"data", "experiment"} & set(keys):
-        raise InputError("data.paths needs data=files beside it (or data=tokens, data=completions): give both.")
 
 
 def _check_data_options(arguments: Sequence[str]) -> None:

@@ -68,7 +68,10 @@ def test_it_lists_the_commands(
             "train mixer=kda,softmax",
             "mixer=kda,softmax has several values: add -m in front of it to train with each of ",
         ),
-        ("train data.paths=[texts]", "data.paths needs data=files beside it (or data=tokens, data=completions)"),
+        (
+            "train data.paths=[texts]",
+            "Could not override 'data.paths'. It is a setting of data=completions, data=files, data=tokens: choose",
+        ),
     ],
 )
 def test_a_word_that_is_no_setting_is_one_line(

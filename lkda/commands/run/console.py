@@ -54,7 +54,7 @@ class RunConsole:
         print(text, file=self.console.file)
 
     def print_nothing_to_do(self, prepared: PreparedRun) -> None:
-        """Print that the run is finished, and how to train on if it ended before its last step."""
+        """Print that the run is finished, and how to train on."""
         steps, stop = prepared.first_step, prepared.plan.stop_accuracy
         what, advice = f"{self.run.path} holds a finished run of {steps} steps", ""
         if steps < prepared.total_steps and stop is not None:

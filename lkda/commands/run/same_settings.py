@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from lkda.checks import InputError, refusing_damage
+from lkda.commands.run.callback_options import stop_accuracy
 from lkda.commands.run.run_directory import MOST_SHOWN, PLACES, RunFiles, changed_settings, differences
 from lkda.old_names import translated
 from lkda.training.precision import resolve_precision
 
-# The end of the `_target_` of a callback that ends a training before its last step.
-_ENDS_TRAINING = ".StopWhenLearnt"
 # The options of data that the model of `init_from` decides, beside the groups model and mixer.
 _OF_INITIAL = ("tokenizer_path", "vocab_size")
 
@@ -52,15 +51,8 @@ def _length(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides when a training ends. With trainer.max_tokens, trainer.max_steps has no effect."""
     trainer = config["trainer"]
     name = "max_steps" if trainer.get("max_tokens") is None else "max_tokens"
-    callbacks = config.get("callbacks") or {}
-    ending = {
-        f"callbacks.{key}.{option}": value
-        for key, callback in callbacks.items()
-        if callback and str(callback.get("_target_")).endswith(_ENDS_TRAINING)
-        for option, value in callback.items()
-        if option != "_target_"
-    }
-    return {f"trainer.{name}": trainer.get(name), **ending}
+    stop = stop_accuracy(config.get("callbacks") or {})
+    return {f"trainer.{name}": trainer.get(name)} | dict([stop] if stop else [])
 
 
 def _on_that_machine(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
