@@ -255,7 +255,8 @@ def _runs_section(comparison: Comparison, rows: Sequence[table.Row], notes: Sequ
     differs = [_differs(group, same, quality) for group in groups for same, quality in [of_group[id(group)]]]
     order = _order(head, [quality.key for quality in qualities])
     values = table.as_values(rows)
-    differing = also_differing(comparison.runs)[:MOST_DIFFERING]
+    own_columns = {column.key for column in table.COLUMNS}
+    differing = [key for key in also_differing(comparison.runs) if key not in own_columns][:MOST_DIFFERING]
     settings_of = [_settings_of(group, differing) for group in groups]
     return Section(
         "Runs",

@@ -176,6 +176,14 @@ def test_a_task_beside_text_is_compared_by_its_accuracy(sweep, tmp_path):
     assert [line[1] for line in runs.body].count("this is the best") == 2
 
 
+def test_runs_that_ended_early_have_one_column_of_their_tokens(sweep):
+    """Though the number of tokens is also a setting that differs between the mixers."""
+    path = sweep[-1] / "summary.json"  # the only one of softmax
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": 64_000}))
+    runs = Comparison("Early", *read_runs(sweep), []).tables()["runs"]
+    assert runs.head.count("tokens") == 1
+
+
 @pytest.mark.slow
 def test_the_pictures_of_a_task_stand_beside_those_of_text(sweep, tmp_path):
     compare([*sweep, write_run(tmp_path / "text", "kda")], tmp_path / "out", title="Both")
