@@ -23,6 +23,8 @@ from lkda.report.tradeoff.records import (
     within_spread,
 )
 
+_WITH_LESS = "within the spread over seeds, with less state"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -81,7 +83,9 @@ def _by_accuracy(groups: Sequence[Group], quality: Quality, budget: str) -> list
     for state, group in sorted(kept, key=lambda pair: pair[0]):
         if group is not best:
             question = f"best {quality.title} with at most {memory(state)} of state per sequence"
-            result.append(Answer(question, group.label, _figure(group, quality), f"runs, {budget}", context))
+            equal_with_less = [one for less, one in kept if less < state and within_spread(one, group, quality)]
+            why = _figure(group, quality) + (f"; {_WITH_LESS}: {_names(equal_with_less)}" if equal_with_less else "")
+            result.append(Answer(question, group.label, why, f"runs, {budget}", context))
     for group, is_front in zip(groups, front, strict=True):
         if not is_front:
             as_good = [one for _, one in kept if not quality.better(group.mean(quality.key), one.mean(quality.key))]
@@ -176,7 +180,7 @@ def _said_of_accuracy(groups: Sequence[Group], quality: Quality, budget: str) ->
             f"to choose. The least state: {_least_state(groups)}."
         )
     said = [f"With {budget}, choose {best.mixer}: it has the best {quality.title} ({best.why})."]
-    smaller = [answer for answer in others if "with at most" in answer.question]
+    smaller = [one for one in others if "with at most" in one.question and _WITH_LESS not in one.why]
     if smaller:  # from the largest state to the smallest
         choices = " or ".join(f"{answer.mixer} ({answer.why})" for answer in reversed(smaller))
         said.append(f"If memory is short, choose {choices}.")

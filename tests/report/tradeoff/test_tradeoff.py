@@ -244,6 +244,22 @@ def test_a_small_difference_is_within_the_spread(tmp_path):
     assert (least.mixer, least.why) == ("kda", "146 KiB; no other is as good within the spread over seeds")
 
 
+def test_of_two_mixers_within_the_spread_the_one_with_less_state_is_advised(tmp_path):
+    bits = {"softmax": (1.0, 1.01), "kda": (1.1, 1.2), "simplified": (1.16, 1.18)}
+    paths = [
+        write_run(tmp_path / f"{mixer}{n}", mixer, seed=n, **{"val/bits_per_byte": value})
+        for mixer, values in bits.items()
+        for n, value in enumerate(values)
+    ]
+    groups = group_runs(read_runs(paths)[0])
+    (said,) = answers.summary(groups, [])
+    assert "choose softmax: it has the best" in said
+    assert "If memory is short, choose simplified (1.170 ± 0.014, 22 KiB of state per sequence)." in said
+    (of_kda,) = [one for one in answers.answers(groups, []) if "with at most 146 KiB" in one.question]
+    assert of_kda.mixer == "kda"
+    assert of_kda.why.endswith("; within the spread over seeds, with less state: simplified")
+
+
 def test_a_mixer_that_another_beats_with_less_state_has_an_answer(tmp_path):
     bits = {"kda": 1.0, "softmax": 1.1, "simplified": 1.2}
     paths = [write_run(tmp_path / m, m, **{"val/bits_per_byte": value}) for m, value in bits.items()]
