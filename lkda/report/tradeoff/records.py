@@ -137,19 +137,47 @@ def by_speed(
             for record in by_speed(same, found, quality, exclusive_device=exclusive_device)
         ]
     records = []
-    devices = {run.summary.get("device") for group in groups for run in group.runs}
-    if exclusive_device and len(devices) == 1:
-        speeds = [(group, lambda run: float(run.summary["tokens_per_s"])) for group in groups]
-        records += _points(speeds, quality, setting=LOGGED, more_x_is_better=True)
+    if exclusive_device and of_one_device(groups):
+        logged = [(group, lambda run: float(run.summary["tokens_per_s"])) for group in groups]
+        records += _points(logged, quality, setting=LOGGED, more_x_is_better=True)
+    for measured in measured_speeds(groups, found):
+        speeds = [(group, _constant(speed)) for group, speed in measured.of]
+        setting = f"{measured.stage} at a context of {length(measured.context)}: {measured.where}"
+        records += _points(speeds, quality, setting=setting, more_x_is_better=True)
+    return records
+
+
+@dataclass(frozen=True)
+class MeasuredSpeeds:
+    """The speeds of trained models in one benchmark.
+
+    Attributes:
+        stage, where, context: as in `Measurement`.
+        of: groups with the tokens/s of their mixer and model.
+    """
+
+    stage: str
+    where: str
+    context: int
+    of: Sequence[tuple[Group, float]]
+
+
+def measured_speeds(groups: Sequence[Group], found: Sequence[Measurement]) -> list[MeasuredSpeeds]:
+    """Those of each benchmark of at least two of the models with the runs' mixer and model, by stage and context."""
     usable = comparable(found)
     settings_found = {(one.stage, one.where, one.context) for one in usable if one.stage in OF_MODELS}
+    result = []
     for stage, where, context in sorted(settings_found, key=lambda found: (STAGES.index(found[0]), *found[1:])):
         here = [one for one in usable if (one.stage, one.where, one.context) == (stage, where, context)]
-        joined = [(group, _constant(speed)) for group in groups if (speed := speed_of(group, here)) is not None]
-        if len(joined) > 1:
-            setting = f"{stage} at a context of {length(context)}: {where}"
-            records += _points(joined, quality, setting=setting, more_x_is_better=True)
-    return records
+        of = [(group, speed) for group in groups if (speed := speed_of(group, here)) is not None]
+        if len(of) > 1:
+            result.append(MeasuredSpeeds(stage, where, context, of))
+    return result
+
+
+def of_one_device(groups: Sequence[Group]) -> bool:
+    """Whether all runs had the same kind of device, so that their speeds can be compared."""
+    return len({run.summary.get("device") for group in groups for run in group.runs}) == 1
 
 
 def of_other_models(groups: Sequence[Group], found: Sequence[Measurement]) -> list[str]:

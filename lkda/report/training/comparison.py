@@ -40,6 +40,7 @@ from lkda.report.tradeoff.records import (
 )
 from lkda.report.tradeoff.repeat import how_to_repeat
 from lkda.report.tradeoff.report import Tradeoff, benchmark_of, notes_sections, remove_stale
+from lkda.report.tradeoff.speed_plot import accuracy_by_speed
 from lkda.report.training import accuracy, accuracy_plots, plots, table
 from lkda.report.training.notes import notes as table_notes
 
@@ -49,10 +50,10 @@ KIND = "comparison"
 MOST_DIFFERING = 3  # settings that have a column in the table of runs
 PLOTS = (
     *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
-    *("accuracy_by_state", "accuracy_by_length"),
+    *("accuracy_by_speed", "accuracy_by_state", "accuracy_by_length"),
 )
 # Plots whose place on the page is taken by interactive charts; the files are written.
-AS_CHARTS = ("loss_by_tokens", "loss_by_seconds", "loss_by_state", "accuracy_by_state")
+AS_CHARTS = ("loss_by_tokens", "loss_by_seconds", "loss_by_state", "accuracy_by_speed", "accuracy_by_state")
 
 
 @dataclass(frozen=True)
@@ -328,10 +329,19 @@ def _pictures(comparison: Comparison) -> dict[tuple[str, str], Picture]:
     Losses are in nats with a second scale in bits per byte, or only in bits per byte across tokenizers. Runs of
     synthetic tasks have plots of accuracy instead.
     """
-    drawn = _of_texts(comparison) | _of_tasks(comparison.runs_of_tasks)
+    drawn = _of_texts(comparison) | _of_tasks(comparison.runs_of_tasks) | _of_speeds(comparison)
     if not comparison.exclusive_device:
         drawn = {name: picture for name, picture in drawn.items() if name[0] != "loss_by_seconds"}
     return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def _of_speeds(comparison: Comparison) -> dict[tuple[str, str], Picture | None]:
+    groups = comparison.groups
+    if not groups:
+        return {}
+    found = measurements(comparison.results)
+    picture = accuracy_by_speed(groups, found, quality_of(groups), exclusive_device=comparison.exclusive_device)
+    return {("accuracy_by_speed", "Accuracy against speed"): picture}
 
 
 def _of_tasks(runs: Sequence[Run]) -> dict[tuple[str, str], Picture | None]:

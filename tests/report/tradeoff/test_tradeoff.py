@@ -16,7 +16,7 @@ from lkda.report.draw.page import Section
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
-from lkda.report.tradeoff import answers, host_bound, records
+from lkda.report.tradeoff import answers, host_bound, records, speed_plot
 from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.glossary import glossary
 from lkda.report.tradeoff.measurements import find_results, measurements
@@ -290,6 +290,27 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
         "per batch, 1K to 4K)."
     ) in report
     assert "Not measured: kda, FLA. Reason: fla is not installed." in report
+
+
+def test_accuracy_is_drawn_against_the_speed_of_the_training_and_of_each_stage(joined, monkeypatch):
+    result, out = joined
+    drawn = []
+    monkeypatch.setattr(speed_plot, "_points", lambda axes, panel, *_: drawn.append(panel) or [])
+    monkeypatch.setattr(speed_plot, "label_points", lambda *_: None)
+    given = (result.groups, result.tradeoff.found, records.quality_of(result.groups))
+    speed_plot.accuracy_by_speed(*given, exclusive_device=True)
+    panels = {panel.title: {group.mixer: speed for group, speed in panel.of} for panel in drawn}
+    assert panels.pop("training step, rows of 4K tokens\nbf16-mixed, 8K tokens per batch") == {
+        "kda": 100,
+        "softmax": 50,
+    }
+    assert panels.pop("decode, after 15.6K tokens\nbf16, batch 1") == {"kda": 1000, "softmax": 500}
+    assert [title.split("\n")[1] for title in panels] == ["as the runs logged it"]
+    drawn.clear()
+    speed_plot.accuracy_by_speed(*given, exclusive_device=False)
+    assert not any("logged" in panel.title for panel in drawn)
+    assert speed_plot.accuracy_by_speed(given[0], [], given[2], exclusive_device=True) is None
+    assert (out / "accuracy_by_speed.png").exists()
 
 
 @pytest.mark.parametrize(
