@@ -59,7 +59,7 @@ def accuracy_by_speed(
         looks = style.looks([group.mixer for group in groups], [group.label for group in groups])
         of_group = {id(group): look for group, look in zip(groups, looks, strict=True)}
         for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
+            axes.remove()
         labels = [_points(axes, panel, of_group, quality, style) for axes, panel in zip(grid.flat, panels)]
         better = "Higher" if quality.more_is_better else "Lower"
         bars = " Bars: from the best to the worst seed." if any(len(group.runs) > 1 for group in groups) else ""

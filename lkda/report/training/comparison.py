@@ -49,7 +49,7 @@ Cell = TypeVar("Cell")
 KIND = "comparison"
 MOST_DIFFERING = 3  # settings that have a column in the table of runs
 PLOTS = (
-    *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state"),
+    *("loss_by_tokens", "loss_by_seconds", "loss_by_position", "loss_by_state", "loss_by_model"),
     *("accuracy_by_speed", "accuracy_by_state", "accuracy_by_length"),
 )
 # Plots whose place on the page is taken by interactive charts; the files are written.
@@ -363,11 +363,13 @@ def _of_texts(comparison: Comparison) -> dict[tuple[str, str], Picture | None]:
     y, loss = ("val/bits_per_byte", "Bits per byte") if across and texts else ("val/loss", "Loss")
     scale = groups[0].mean("val/bits_per_byte") / groups[0].mean("val/loss") if texts and not across else None
     by_position = None if across else plots.loss_by_position(groups, bits_per_nat=scale)
+    final = y.replace("val/", f"{reported_split(runs)}/")
     return {
         ("loss_by_tokens", f"{loss} against tokens"): plots.loss_curves(groups, x="tokens", y=y, bits_per_nat=scale),
         ("loss_by_seconds", f"{loss} against time"): plots.loss_curves(groups, x="seconds", y=y, bits_per_nat=scale),
         ("loss_by_position", "Loss by position in the context"): by_position,
-        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(
-            groups, y=y.replace("val/", f"{reported_split(runs)}/")
+        ("loss_by_model", f"{'Bits per byte' if texts else loss} of each model"): plots.loss_by_model(
+            groups, y=final.replace("loss", "bits_per_byte") if texts else final
         ),
+        ("loss_by_state", f"{loss} against the size of the state"): plots.loss_against_state(groups, y=final),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lkda.report.draw.units import count, memory
 from lkda.report.read.groups import Group
 from lkda.report.read.runs import Run
 
+MOST_CURVES = 8  # that can be told apart in one plot
 SIZE = (7.2, 4.3)  # inches, at 200 dots each; sharp at a README's width
 NAMES = {
     "tokens": "training tokens",
@@ -148,6 +150,52 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         return figure
 
     return picture(draw)
+
+
+def loss_by_model(groups: Sequence[Group], *, y: str) -> Picture | None:
+    """The final loss of each row of the table, with a bar from the best to the worst seed: a line for each, the best
+    on top. None for at most MOST_CURVES rows, which can be told apart in a plot of curves.
+
+    A dashed line marks the model that most others are variants of, so that one sees what each change costs.
+    """
+    if len(groups) <= MOST_CURVES:
+        return None
+    ordered = sorted(groups, key=lambda group: group.mean(y))
+    origin = _origin(ordered)
+
+    def draw(style: Style) -> Figure:
+        figure = Figure(figsize=(SIZE[0], 0.9 + 0.27 * len(ordered)), layout="constrained")
+        axes = figure.add_subplot()
+        for n, (group, look) in enumerate(zip(ordered, _looks(ordered, style), strict=True)):
+            values, mean = group.values(y), group.mean(y)
+            bar = [[mean - min(values)], [max(values) - mean]]
+            colour = look.colour if group.label == group.mixer else style.text
+            axes.errorbar(mean, n, xerr=bar, color=colour, marker="o", markersize=6, elinewidth=1.4, linestyle="none")
+            axes.annotate(
+                f"{mean:.3f}", (max(values), n), (8, 0), textcoords="offset points", va="center_baseline", fontsize=9
+            )
+        if origin is not None:
+            axes.axvline(origin.mean(y), color=style.faint, linewidth=1, linestyle="--", zorder=0.9)
+        axes.set_yticks(range(len(ordered)), [group.label for group in ordered])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, high + 0.09 * (high - low))  # room for the last number
+        axes.set_xlabel(("test " if y.startswith("test/") else "validation ") + NAMES[y])
+        said = [f"Dashed: {origin.label}."] if origin is not None else []
+        said += ["Bars: from the best to the worst seed."] if any(len(group.runs) > 1 for group in groups) else []
+        axes.set_title(" ".join(said), fontsize=9, color=style.faint, loc="left")
+        return figure
+
+    return picture(draw)
+
+
+def _origin(groups: Sequence[Group]) -> Group | None:
+    """The model that most others are variants of: one of the same mixer whose label names no setting."""
+    mixers = Counter(group.mixer for group in groups)
+    plain = [group for group in groups if group.label == group.mixer and mixers[group.mixer] > 1]
+    return max(plain, key=lambda group: mixers[group.mixer], default=None)
 
 
 def _legend(groups: Sequence[Group], *, by_training: bool = False) -> str:

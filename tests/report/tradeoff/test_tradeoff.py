@@ -13,15 +13,17 @@ import pytest
 
 from lkda.checks import InputError
 from lkda.report.draw.page import Section
+from lkda.report.draw.style import LIGHT
 from lkda.report.read.crossings import crossings
 from lkda.report.read.groups import group_runs
 from lkda.report.read.runs import read_runs
-from lkda.report.tradeoff import answers, host_bound, records, speed_plot
+from lkda.report.tradeoff import answers, host_bound, records
 from lkda.report.tradeoff.crossings import pairs, rounded
 from lkda.report.tradeoff.glossary import glossary
 from lkda.report.tradeoff.measurements import find_results, measurements
 from lkda.report.tradeoff.repeat import how_to_repeat
 from lkda.report.tradeoff.report import Tradeoff
+from lkda.report.tradeoff.speed_plot import accuracy_by_speed
 from lkda.report.training.comparison import compare
 from tests.report.conftest import bench_row, write_run
 from tests.report.tradeoff.conftest import decode_row, step_row, write_results
@@ -292,24 +294,21 @@ def test_speeds_are_joined_with_the_runs_of_the_same_model_and_mixer(joined):
     assert "Not measured: kda, FLA. Reason: fla is not installed." in report
 
 
-def test_accuracy_is_drawn_against_the_speed_of_the_training_and_of_each_stage(joined, monkeypatch):
+def test_accuracy_is_drawn_against_the_speed_of_the_training_and_of_each_stage(joined):
     result, out = joined
-    drawn = []
-    monkeypatch.setattr(speed_plot, "_points", lambda axes, panel, *_: drawn.append(panel) or [])
-    monkeypatch.setattr(speed_plot, "label_points", lambda *_: None)
     given = (result.groups, result.tradeoff.found, records.quality_of(result.groups))
-    speed_plot.accuracy_by_speed(*given, exclusive_device=True)
-    panels = {panel.title: {group.mixer: speed for group, speed in panel.of} for panel in drawn}
-    assert panels.pop("training step, rows of 4K tokens\nbf16-mixed, 8K tokens per batch") == {
-        "kda": 100,
-        "softmax": 50,
-    }
-    assert panels.pop("decode, after 15.6K tokens\nbf16, batch 1") == {"kda": 1000, "softmax": 500}
-    assert [title.split("\n")[1] for title in panels] == ["as the runs logged it"]
-    drawn.clear()
-    speed_plot.accuracy_by_speed(*given, exclusive_device=False)
-    assert not any("logged" in panel.title for panel in drawn)
-    assert speed_plot.accuracy_by_speed(given[0], [], given[2], exclusive_device=True) is None
+
+    def panels(*, exclusive_device):
+        figure = accuracy_by_speed(*given, exclusive_device=exclusive_device).draw(LIGHT)
+        return {one.get_title(loc="left"): {text.get_text(): text.xy[0] for text in one.texts} for one in figure.axes}
+
+    drawn = panels(exclusive_device=True)
+    assert drawn["training step, rows of 4K tokens\nbf16-mixed, 8K tokens per batch"] == {"kda": 100, "softmax": 50}
+    assert drawn["decode, after 15.6K tokens\nbf16, batch 1"] == {"kda": 1000, "softmax": 500}
+    (logged,) = drawn.keys() - panels(exclusive_device=False).keys()
+    assert logged.endswith("\nas the runs logged it")
+    assert drawn[logged] == {group.label: group.mean("tokens_per_s") for group in result.groups}
+    assert accuracy_by_speed(given[0], [], given[2], exclusive_device=True) is None  # no benchmarks
     assert (out / "accuracy_by_speed.png").exists()
 
 

@@ -26,7 +26,7 @@ from lkda.report.read.runs import read_run, read_runs
 from lkda.report.readme import fill
 from lkda.report.redraw import redraw
 from lkda.report.training.comparison import Comparison, compare
-from lkda.report.training.plots import loss_curves
+from lkda.report.training.plots import loss_by_model, loss_curves
 from lkda.report.training.table import as_cells, equal_wall_clock, rows
 from tests.report.conftest import bench_row, write_run
 
@@ -255,6 +255,24 @@ def test_a_plot_of_several_seeds_says_what_its_bands_are(tmp_path):
         drawn = loss_curves(group_runs(runs if several else runs[:1]), x="tokens", y="val/loss")
         said = drawn.draw(LIGHT).axes[0].get_title(loc="left")
         assert ("Bands: from the best to the worst seed." in said) == several
+
+
+def test_many_models_have_a_line_each_and_the_one_that_others_are_variants_of_is_marked(tmp_path):
+    plain = {"gate": "channel", "conv_width": 4, "output_gate": True}
+    changed = [{}, {"gate": "none"}, {"output_gate": False}, *({"conv_width": n} for n in (0, 1, 2, 3, 5))]
+    runs = [
+        read_run(write_run(tmp_path / f"{n}", "kda", settings={"mixer": {"kda": plain | one}}))
+        for n, one in enumerate(changed)
+    ]
+    assert loss_by_model(group_runs(runs), y="val/loss") is None
+    runs.append(read_run(write_run(tmp_path / "softmax", "softmax")))
+    groups = group_runs(runs)
+    (axes,) = loss_by_model(groups, y="val/loss").draw(LIGHT).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [group.label for group in sorted(groups, key=lambda group: group.mean("val/loss"))]
+    assert len(names) == 9
+    assert axes.yaxis_inverted()  # the best is on top
+    assert axes.get_title(loc="left") == "Dashed: kda."
 
 
 def configuration(**changes):
