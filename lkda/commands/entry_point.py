@@ -15,13 +15,12 @@ from types import ModuleType
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import lkda
 from lkda.checks import InputError
 from lkda.commands.command_line.errors import BAD_INPUT, output_that_may_end, readable_errors, recorded_failure
-from lkda.commands.command_line.invocation import with_started_command
+from lkda.commands.command_line.invocation import has_new_directory, with_started_command
 from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.command_line.warning_lines import plain_warnings
 from lkda.commands.settings.config import check_keys
@@ -149,14 +148,10 @@ def _help_as_started(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _check_resume(config: DictConfig) -> None:
-    """Raises InputError for resume=true with a run directory that is a new one at each start, because its name has the
-    time. In a sweep, and in processes that another one has started, the directory is decided elsewhere."""
-    named = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
-    assert isinstance(named, dict)
+    """Raises InputError for resume=true with a run directory that is a new one at each start. In processes that another
+    one has started, the directory is decided elsewhere."""
     started_by_another = os.environ.get("LOCAL_RANK", "0") != "0"
-    if HydraConfig.get().mode != RunMode.RUN or started_by_another:
-        return
-    if config.resume is True and "${now:" in str(named["dir"]):
+    if config.resume is True and has_new_directory() and not started_by_another:
         raise InputError(
             "resume=true needs the directory of the run to continue: give hydra.run.dir=DIRECTORY, for example "
             "hydra.run.dir=runs/one. Without it, each run has a new directory."

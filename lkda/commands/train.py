@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lkda.commands.command_line.errors import CommandError
+from lkda.commands.command_line.invocation import has_new_directory
 from lkda.commands.run.checkpoint_loading import load_trained
 from lkda.commands.run.console import RunConsole, draw_sample
 from lkda.commands.run.fit import Outcome, build_task, build_trainer, fit, quiet_libraries, share_data
@@ -27,7 +28,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
 
     Args:
         config: composed from configs/train.yaml.
-        run_dir: where the run is recorded.
+        run_dir: where the run is recorded. If its name is that of the time and another run has it, a number is added.
     Returns: the content of summary.json. If the run has several processes, only the first writes it; the others return
         {}.
     Raises:
@@ -41,7 +42,7 @@ def train(config: DictConfig, run_dir: str | Path) -> dict[str, Any]:
         if not processes.is_first:
             _train_beside(plan, Path(run_dir), processes)
             return {}
-        run = RunDirectory(run_dir)
+        run = RunDirectory.unused(run_dir) if has_new_directory() else RunDirectory(run_dir)
         try:
             return _train(plan, run, processes)
         finally:

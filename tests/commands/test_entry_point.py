@@ -161,6 +161,24 @@ def test_errors_name_the_door_that_was_used(
     assert "make it with /somewhere/bin/lkda prepare-data." in capsys.readouterr().err
 
 
+def test_runs_that_begin_at_the_same_time_have_a_directory_each(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The name is that of the century instead of the second. One run trains still, and one has ended."""
+    monkeypatch.chdir(tmp_path)
+    century = Path("20_kda")
+    words = ("train", *small_run(corpus), "trainer.max_steps=1", "hydra.run.dir=${now:%C}_${mixer.name}")
+    other = RunDirectory(century)
+    assert typed(monkeypatch, *words) == 0
+    other.release()
+    assert "run directory 20_kda_2\n" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    for _ in range(2):
+        assert typed(monkeypatch, *words, "trainer.max_steps=2") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20_kda", "20_kda_2", "20_kda_3"]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
 @pytest.mark.slow
 def test_a_sweep_knows_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = []

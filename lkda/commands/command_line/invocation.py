@@ -60,6 +60,16 @@ def given_overrides(*, without: tuple[str, ...]) -> list[str]:
     return [*given, *of_hydra, *(["hydra.mode=RUN"] if would_sweep else [])]
 
 
+def has_new_directory() -> bool:
+    """Whether the run directory is a new one at each start, because its name has the time. In a sweep, and without a
+    command line, it is not: the directory of a job is decided elsewhere."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.RUN:
+        return False
+    named = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
+    assert isinstance(named, dict)
+    return "${now:" in str(named["dir"])
+
+
 def with_started_command(text: str) -> str:
     """`text` with every script replaced by the matching command, `python scripts/train.py` by `lkda train`, if this
     process was started by that command."""

@@ -75,12 +75,16 @@ class RunFiles:
         return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
 
+class DirectoryInUseError(InputError):
+    """Another process trains in the run directory."""
+
+
 class RunDirectory(RunFiles):
     """A run directory, and the lock of the process that trains in it.
 
     Args:
         path: the directory, which is created if it does not exist.
-    Raises: InputError if the directory cannot be written, or if another process trains in it.
+    Raises: InputError if the directory cannot be written, DirectoryInUseError if another process trains in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -97,10 +101,24 @@ class RunDirectory(RunFiles):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise InputError(
+            raise DirectoryInUseError(
                 f"another process is training in {self.path}. Wait for it, or choose another hydra.run.dir."
             ) from error
         self._before = there
+
+    @classmethod
+    def unused(cls, path: str | Path) -> RunDirectory:
+        """The directory, or the first of PATH_2, PATH_3, ... that no other run has: two runs that begin in the same
+        second have the same default name."""
+        candidate, number = Path(path), 1
+        while True:
+            with suppress(DirectoryInUseError):
+                run = cls(candidate)
+                if not run._before and not run.holds_run():
+                    return run
+                run.release()
+            number += 1
+            candidate = Path(path).with_name(f"{Path(path).name}_{number}")
 
     def _files(self) -> tuple[Path, ...]:
         return self.config, self.metrics, self.summary, self.samples, self.tokenizer
