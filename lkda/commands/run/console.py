@@ -54,19 +54,22 @@ class RunConsole:
         print(text, file=self.console.file)
 
     def print_nothing_to_do(self, prepared: PreparedRun) -> None:
-        """Print that the run is finished, and how to train on."""
+        """Print that the run is finished, why if an accuracy ended it, and how to train on."""
         steps, stop = prepared.first_step, prepared.plan.stop_accuracy
-        what, advice = f"{self.run.path} holds a finished run of {steps} steps", ""
-        if steps < prepared.total_steps and stop is not None:
-            what += f", whose accuracy is {prepared.learnt_accuracy(self.run.read_summary())}"
-            advice = f" To train on, set {stop[0]}={stop[1]} higher than that, or leave this callback out."
-        elif prepared.plan.trainer.max_tokens is None:
-            advice = f" To train on, set trainer.max_steps to more than {steps}."
-        else:
-            advice = (
-                f" To train on, set trainer.max_tokens to more than {steps * prepared.metadata['tokens_per_step']}."
-            )
-        self._line(f"{what}: nothing to do.{advice}")
+        accuracy = prepared.learnt_accuracy(self.run.read_summary())
+        why, advice = "", []
+        if steps >= prepared.total_steps and prepared.plan.trainer.max_tokens is None:
+            advice.append(f"set trainer.max_steps to more than {steps}")
+        elif steps >= prepared.total_steps:
+            advice.append(f"set trainer.max_tokens to more than {steps * prepared.metadata['tokens_per_step']}")
+        if accuracy is not None and stop is not None:
+            why = f". Its accuracy of {accuracy} has reached {stop[0]}={stop[1]}, which ends a run of any length"
+            higher = f"set {stop[0]} to more than {accuracy}, or " if accuracy < 1 else ""
+            advice.append(f"{higher}leave this callback out")
+        self._line(
+            f"{self.run.path} holds a finished run of {steps} steps{why}: nothing to do. "
+            f"To train on, {', and '.join(advice)}."
+        )
 
     def print_lost_rows(self, step: int) -> None:
         self._line(

@@ -71,10 +71,22 @@ def test_there_is_nothing_to_do_in_a_run_that_has_learnt(
     before, summary = contents(learnt), json.loads((learnt / "summary.json").read_text())
     assert resumed(learnt, callback(0.02), *changes) == summary
     assert contents(learnt) == before
-    said = capsys.readouterr().out
-    assert f"{learnt} holds a finished run of 2 steps" in said
-    advice = f"{summary['val/accuracy']}: nothing to do. To train on, set callbacks.learnt.accuracy=0.02 higher"
-    assert (advice in said) == (changes != ("trainer.max_steps=1",))
+    said = capsys.readouterr().out.strip()
+    accuracy = summary["val/accuracy"]
+    longer = "set trainer.max_steps to more than 2, and " if changes == ("trainer.max_steps=1",) else ""
+    assert said == (
+        f"{learnt} holds a finished run of 2 steps. Its accuracy of {accuracy} has reached "
+        "callbacks.learnt.accuracy=0.02, which ends a run of any length: nothing to do. To train on, "
+        f"{longer}set callbacks.learnt.accuracy to more than {accuracy}, or leave this callback out."
+    )
+
+
+def test_no_accuracy_is_higher_than_all(learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = shutil.copytree(learnt, tmp_path / "run")
+    summary = json.loads((directory / "summary.json").read_text())
+    (directory / "summary.json").write_text(json.dumps(summary | {"val/accuracy": 1.0}))
+    resumed(directory, callback(1.0))
+    assert capsys.readouterr().out.endswith("nothing to do. To train on, leave this callback out.\n")
 
 
 @pytest.mark.parametrize("overrides", [(callback(1.0),), ()])
