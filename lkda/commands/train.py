@@ -106,7 +106,7 @@ def _train(plan: RunPlan, run: RunDirectory, processes: Processes) -> dict[str, 
         raise SystemExit(ending.exit_code)
     if isinstance(ending, DivergedError):
         raise CommandError(_divergence(ending, run))
-    console.print_result(summary, _write_sample(run, model, prepared))
+    console.print_result(prepared, summary, _write_sample(run, model, prepared))
     return summary
 
 

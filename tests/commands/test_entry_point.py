@@ -271,6 +271,26 @@ def test_printed_commands_can_be_pasted(
     ]  # both runs
 
 
+def test_the_next_training_leaves_out_what_belongs_to_the_mixer(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed command can be pasted. A model of init_from has its mixer: no other is advised."""
+    monkeypatch.chdir(tmp_path)
+    words = [*small_run(corpus), "trainer.max_steps=1", "optimizer.lr=1e-3", "sample.max_new_tokens=0"]
+    of_mixer = ["backend=recurrent", "mixer.num_heads=1", "mixer.kda.gate=head"]
+    assert typed(monkeypatch, "train", *words, *of_mixer, "hydra.run.dir=kda") == 0
+    (_, printed) = capsys.readouterr().out.split("\nnext:\n")
+    next_training = shlex.split(printed.splitlines()[2])[1:]
+    assert next_training == ["train", *words, "mixer.num_heads=1", "mixer=softmax", "hydra.run.dir=softmax"]
+    assert typed(monkeypatch, *next_training) == 0
+    assert typed(monkeypatch, "export", "ckpt=softmax", "out=exported") == 0
+    capsys.readouterr()
+    again = ["init_from=exported", "rope_base=500000"]
+    assert typed(monkeypatch, "train", *words, *again, "hydra.run.dir=again") == 0
+    (_, printed) = capsys.readouterr().out.split("\nnext:\n")
+    assert [shlex.split(line)[1] for line in printed.splitlines()] == ["generate", "evaluate", "compare"]
+
+
 @contextmanager
 def closed_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Standard output into a pipe whose reader has left."""

@@ -126,7 +126,7 @@ class RunConsole:
         """Print how to continue the run."""
         self._line(f"{ending}. Continue with\n  {resume_command(self.run)}")
 
-    def print_result(self, summary: dict[str, Any], sample: str | None) -> None:
+    def print_result(self, prepared: PreparedRun, summary: dict[str, Any], sample: str | None) -> None:
         """Print the table of results, the sample (if the tokens are text) and the next commands."""
         table = Table(title=f"{summary['mixer']} · {summary['model']} · {summary['data']}", show_header=False)
         table.add_column(style="bold")
@@ -146,7 +146,7 @@ class RunConsole:
         if sample is not None:
             self.console.print(Panel(Text(sample), title="a sample"))
         self._line(f"run directory {short(self.run.path)}\nnext:")
-        for line in _next_commands(self.run, summary, of_text=sample is not None):
+        for line in _next_commands(self.run, prepared.plan, summary, of_text=sample is not None):
             self._line(f"  {line}")
 
 
@@ -156,27 +156,34 @@ def resume_command(run: RunDirectory) -> str:
     return command("train", *given, override("hydra.run.dir", str(run.path)), "resume=true")
 
 
-def _next_commands(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> list[str]:
+def _next_commands(run: RunDirectory, plan: RunPlan, summary: dict[str, Any], *, of_text: bool) -> list[str]:
     checkpoints = f"{short(run.path)}/checkpoints"
-    other = "softmax" if summary["mixer"] != "softmax" else "kda"
-    if any(word.startswith("mixer=conv_") for word in typed_overrides()):
-        other = f"conv_{other}"  # it has a convolution as its first layer, too
-    same = given_overrides(without=("mixer", "init_from=", "resume="))
-    if not same and not of_text:
-        same = [f"data={summary['data']}", f"model={summary['model']}"]
     beside = f"{glob.escape(short(run.path.parent))}/*"
-    # A directory of its own beside this one, if this one was named: so `compare` finds both runs.
-    named = any(word.startswith("hydra.run.dir=") for word in typed_overrides(of_hydra=True))
-    name = other if run.path.name == summary["mixer"] else f"{run.path.name}_{other}"
-    other_run = [override("hydra.run.dir", short(run.path.with_name(name)))] if named else []
     sample = command("generate", override("ckpt", f"{checkpoints}/last.ckpt"), "prompt=The people")
     evaluate = command("evaluate", override("ckpt", f"{checkpoints}/best.ckpt"))
     return [
         *([sample] if of_text else []),
         *([evaluate] if of_text or "val_subsets" in summary else []),  # not of random tokens
-        command("train", *same, f"mixer={other}", *other_run),
+        # The model of init_from has its mixer.
+        *([_with_other_mixer(run, summary, of_text=of_text)] if plan.init_from is None else []),
         command("compare", override("runs", beside), "out=comparison"),
     ]
+
+
+def _with_other_mixer(run: RunDirectory, summary: dict[str, Any], *, of_text: bool) -> str:
+    """The command that trains the same model with another mixer, without what belongs to this one."""
+    other = "softmax" if summary["mixer"] != "softmax" else "kda"
+    if any(word.startswith("mixer=conv_") for word in typed_overrides()):
+        other = f"conv_{other}"  # it has a convolution as its first layer, too
+    given = given_overrides(without=("backend=", "resume="))
+    same = [word for word in given if not word.lstrip("+~").startswith("mixer") or word.startswith("mixer.num_heads=")]
+    if not same and not of_text:
+        same = [f"data={summary['data']}", f"model={summary['model']}"]
+    # A directory of its own beside this one, if this one was named: so `compare` finds both runs.
+    named = any(word.startswith("hydra.run.dir=") for word in typed_overrides(of_hydra=True))
+    name = other if run.path.name == summary["mixer"] else f"{run.path.name}_{other}"
+    other_run = [override("hydra.run.dir", short(run.path.with_name(name)))] if named else []
+    return command("train", *same, f"mixer={other}", *other_run)
 
 
 def _of_text(summary: dict[str, Any]) -> list[tuple[str, str]]:
