@@ -8,8 +8,8 @@ its own, whose run directory is OUT/EXPERIMENT/JOB; its output is grid.log there
 before the first one begins.
 
 The same command again skips the jobs that are done and continues those that were stopped. If a run directory holds a
-run with other settings, the command ends with an error. A job that was cut off and whose checkpoints are gone, for
-example on another machine to which only the small files were copied, begins again. If its training had ended and only a
+run with other settings, the command ends with an error. A job that was cut off and has no checkpoint, for example on
+another machine to which only the small files were copied, begins again. If its training had ended and only a
 measurement is missing, it begins again only with --again, after all others. What it had written is kept in
 OUT/EXPERIMENT/.JOB.before. A job that another such command runs in the same OUT is waited for.
 
@@ -51,13 +51,12 @@ import lkda
 from lkda.checks import InputError, check_count
 from lkda.commands.command_line.errors import FAILED, TRACEBACKS, readable_errors
 from lkda.commands.run.run_directory import RunFiles, read_summary
-from lkda.commands.sweeps.grid_jobs import Job, jobs_of
+from lkda.commands.sweeps.grid_jobs import LOG, Job, jobs_of
 from lkda.commands.sweeps.job_lock import JobLock
 from lkda.commands.sweeps.sweep_gpus import jobs_at_once, visible_gpus
 from lkda.io import file_in_the_way
 from lkda.report.draw.tables import rich_table
 
-LOG = "grid.log"
 # Seconds before the deadline at which running jobs are told to stop, to save their checkpoints.
 GRACE = 20.0
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -225,7 +224,8 @@ def run_jobs(
             one.wait(until - time.monotonic())
             failed |= _end(one, said, keep_checkpoints=keep_checkpoints)
     for job in waiting:
-        said(f"{job.name}: not begun, {_about(estimates[job.name])}")
+        how_far = "not begun" if job.name in elsewhere else job.standing
+        said(f"{job.name}: {how_far}, {_about(estimates[job.name])}")
     if waiting:
         said(f"a job has to end {GRACE:.0f} s before the deadline, which are kept for saving checkpoints")
     return failed
@@ -247,7 +247,9 @@ def _begun(
     how = "begins"
     if job.begins_again:
         job.set_aside()
-        how = "begins again, as its checkpoints are gone"
+        how = "begins again, as it has no checkpoint to go on from"
+    elif job.ended_before_a_step:
+        how = "begins again, as it ended before its first step"
     said(f"{job.name}: {how}, {_about(seconds)}")
     log = job.directory / LOG
     printed = log.stat().st_size if log.exists() else 0
@@ -267,7 +269,9 @@ def _end(one: _Running, said: Callable[[str], None], *, keep_checkpoints: bool) 
             job.delete_weights()
         said(f"{job.name}: {'diverged' if job.standing == 'diverged' else job.status}")
     elif one.stopped:
-        said(f"{job.name}: stopped; the same command continues it")
+        when = " before its first step" if job.ended_before_a_step else ""
+        how = "continues it" if job.has_checkpoint else "begins it again"
+        said(f"{job.name}: stopped{when}; the same command {how}")
     else:
         failed = True
         said(f"{job.name}: failed ({log}): {one.reason()}")

@@ -24,6 +24,8 @@ from lkda.data.progress import patient_progress
 from lkda.metrics_file import read_metrics
 from lkda.shipped import CONFIGS
 
+# The output of a job, in its run directory.
+LOG = "grid.log"
 _ESTIMATE = {"start": float, "then": float, "steps_per_s": Mapping[str, float], "gpu_share": float}
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
 # Settings of scripts/train.py that this command sets itself, with what to do instead.
@@ -74,13 +76,25 @@ class Job:
             return "done" if len(self._all()) == 1 + len(self.then) else "diverged"
         if self.status == "finished":
             return "trained, not all measured"
-        return "cut off" if self.has_begun else "not begun"
+        if self.has_begun:
+            return "cut off"
+        return "ended before its first step" if self.ended_before_a_step else "not begun"
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run directory has a summary, or measurements of a training."""
+        """Whether its training has a summary, or has done a step."""
         run = RunFiles(self.directory)
-        return run.summary.exists() or run.metrics.exists()
+        return run.summary.exists() or run.holds_run()
+
+    @property
+    def ended_before_a_step(self) -> bool:
+        """Whether the job has printed something, but its training has not done a step."""
+        return (self.directory / LOG).exists() and not self.has_begun
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
 
     @property
     def is_trained(self) -> bool:
@@ -90,7 +104,7 @@ class Job:
     @property
     def begins_again(self) -> bool:
         """Whether the job has begun, is not done, and has no checkpoint to go on from."""
-        return self.has_begun and bool(self._open()) and not any(RunFiles(self.directory).checkpoints.glob("*.ckpt*"))
+        return self.has_begun and bool(self._open()) and not self.has_checkpoint
 
     @property
     def trains_a_second_time(self) -> bool:

@@ -309,12 +309,12 @@ def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -
     lines = ran(jobs, gpus=["0"])
     assert lines[0] == "unmeasured: trained, not all measured, and its weights are gone; --again trains it again"
     assert [line for line in lines if "begins" in line] == [
-        "cut: begins again, as its checkpoints are gone, about 1 s",
+        "cut: begins again, as it has no checkpoint to go on from, about 1 s",
         "new: begins, about 1 s",
     ]
     assert json.loads((imitated / "unmeasured" / "summary.json").read_text())["mark"] == 1
     lines = ran(jobs, gpus=["0"], again=True)
-    assert lines[0] == "unmeasured: begins again, as its checkpoints are gone, about 1 s"
+    assert lines[0] == "unmeasured: begins again, as it has no checkpoint to go on from, about 1 s"
     assert json.loads((imitated / ".cut.before" / "summary.json").read_text())["mark"] == 1
     assert "mark" not in json.loads((imitated / "cut" / "summary.json").read_text())
     assert json.loads((imitated / "ended" / "summary.json").read_text())["mark"] == 1
@@ -325,9 +325,25 @@ def test_a_job_is_stopped_at_the_deadline(imitated: Path) -> None:
     begun = time.monotonic()
     (imitated / "long" / "checkpoints").mkdir(parents=True)
     lines = ran([job(imitated, "long", steps=100)], deadline=3.5, cut=True)
-    assert lines == ["long: begins, about 100 s", "long: stopped; the same command continues it"]
+    assert lines == ["long: begins, about 100 s", "long: stopped; the same command begins it again"]
     assert time.monotonic() - begun < 3.5
     assert (imitated / "long" / "checkpoints").is_dir()
+
+
+def test_a_job_that_was_stopped_before_its_first_step(imitated: Path) -> None:
+    """It was killed while it prepared its data, and has a table without a row."""
+    one = job(imitated, "a", steps=1)
+    quick = (imitated / "imitated" / "lkda.py").read_text()
+    table_only = "open('../a/metrics.csv', 'w').write('step,tokens\\n')"
+    (imitated / "imitated" / "lkda.py").write_text(f"import time; {table_only}; time.sleep(30)")
+    again = "a: stopped before its first step; the same command begins it again"
+    assert ran([one], deadline=4.0, cut=True) == ["a: begins, about 1 s", again]
+    assert (imitated / "a" / "metrics.csv").exists()
+    assert (one.standing, one.begins_again) == ("ended before its first step", False)
+    assert ran([one], deadline=2.5)[0] == "a: ended before its first step, about 1 s"  # not in so short a time
+    (imitated / "imitated" / "lkda.py").write_text(quick)
+    lines = ran([one])
+    assert lines == ["a: begins again, as it ended before its first step, about 1 s", "a: finished"]
 
 
 @pytest.mark.slow
@@ -390,7 +406,7 @@ def test_two_commands_at_once_share_the_jobs(imitated: Path) -> None:
     assert not (imitated / ".long.before").exists()
     first.kill()
     _wait_for((imitated / "long" / "summary.json").exists)
-    assert "long: begins again, as its checkpoints are gone, about 5 s" in ran([jobs[0]], deadline=8.0)
+    assert "long: begins again, as it has no checkpoint to go on from, about 5 s" in ran([jobs[0]], deadline=8.0)
     assert [path.name for path in imitated.glob(".*.lock")] == []
 
 
