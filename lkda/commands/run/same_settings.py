@@ -1,4 +1,4 @@
-"""Compares settings with those of a run that its directory already holds, and that may come from another machine."""
+"""Compares settings with those of a run or a measurement that is there already, perhaps from another machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ import torch
 
 from lkda.checks import InputError, refusing_damage
 from lkda.commands.run.callback_options import stop_accuracy
-from lkda.commands.run.run_directory import MOST_SHOWN, PLACES, RunFiles, changed_settings, differences
+from lkda.commands.run.run_directory import (
+    MOST_SHOWN,
+    PLACES,
+    RunFiles,
+    changed_settings,
+    differences,
+    recorded_config,
+)
+from lkda.commands.settings.paths import data_with_absolute_paths
 from lkda.old_names import translated
-from lkda.training.precision import resolve_precision
+from lkda.report.read.files import read_results_file
+from lkda.training.precision import PRECISIONS, resolve_precision
 
 # The options of data that the model of `init_from` decides, beside the groups model and mixer.
 _OF_INITIAL = ("tokenizer_path", "vocab_size")
+# Settings of an evaluation with which the same is measured. Those of data change nothing of it.
+_OF_EVALUATION = ("split", "stepwise", "max_batches", "tasks", "limit")
+_FREE_DATA = ("cache_dir", "num_workers", "pin_memory", "seed", *_OF_INITIAL)  # the tokenizer is the model's
 
 
 def check_same_settings(
@@ -45,6 +57,44 @@ def check_same_settings(
             f"{directory} holds a run with other settings ({'; '.join(changed[:MOST_SHOWN])}). Give another --out, or "
             "the recorded settings."
         )
+
+
+def check_same_measurement(now: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError if `path` holds an evaluation with other settings than are asked for. Settings that only one of
+    them has are passed over: those of another version, and those that were left to the model.
+
+    Args:
+        now: the configuration of scripts/evaluate.py, resolved.
+        path: a file of its `out`. It may come from another machine.
+    """
+    record = read_results_file(path, kind="evaluation")
+    with refusing_damage(path):
+        found = {"tasks": [], **{name: record[name] for name in _OF_EVALUATION if name in record}}
+        asked = {name: now[name] for name in found}
+        if not now["tasks"] and "data" in record:
+            asked["precision"] = str(PRECISIONS.get(now["precision"], now["precision"])).removeprefix("torch.")
+            asked["state_dtype"] = now["state_dtype"] or record.get("state_dtype")
+            found |= {name: record.get(name, asked[name]) for name in ("precision", "state_dtype")}
+            found["data"], asked["data"] = _measured_data(record["data"], now)
+        changed = differences(found, asked)
+    if changed:
+        raise InputError(
+            f"{path} holds a measurement with other settings ({'; '.join(changed[:MOST_SHOWN])}). To measure with "
+            "these, move it away, or give another out=; or ask for the recorded settings."
+        )
+
+
+def _measured_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of data in which two evaluations may differ: as recorded, and as they are asked for in `now`. Without
+    a choice of data, they are those of the run."""
+    chosen = now.get("data")
+    if chosen is None:
+        chosen = translated(recorded_config(Path(now["ckpt"])) or {}).get("data") or before
+    free = (*_FREE_DATA, *(() if now["max_batches"] else ("batch_size",)))
+    names = [name for name in before if name in chosen and name not in free]
+    asked = data_with_absolute_paths(chosen)
+    placed = {name: _place(asked[name], before[name]) if name in (*PLACES, "name") else asked[name] for name in names}
+    return {name: before[name] for name in names}, placed
 
 
 def _length(config: Mapping[str, Any]) -> dict[str, Any]:

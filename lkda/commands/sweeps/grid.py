@@ -22,8 +22,9 @@ An experiment may have keys for this command, which scripts/train.py ignores:
                 and several of them together take hardly longer than one}
     then        commands of lkda to run after the training, as "evaluate ckpt={run} out={run}/test.json". {run} is the
                 run directory. A command whose `out` exists is not run again; one that trains, in its hydra.run.dir, is
-                continued. {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key.
-                If a measurement fails, the commands after it are run all the same.
+                continued. What was measured or trained with other settings is an error.
+                {only_with: mixer.kda, command: LINE} is run if the configuration of the job has that key. If a
+                measurement fails, the commands after it are run all the same.
     values      of other settings of the experiment, as ${values.lr}; reports of the runs leave them out
 A job is not begun if its estimate exceeds the time left, unless --cut is given; a later one that fits begins instead.
 At the deadline the jobs that still run save a checkpoint and stop. When a job is done, its checkpoints and exported
@@ -191,7 +192,7 @@ def run_jobs(
     waiting = to_be_done(jobs, again=again)
     for job in jobs:
         if job.commands() and job not in waiting:
-            said(f"{job.name}: trained, not all measured, and its weights are gone; --again trains it again")
+            said(_left_out(job))
     running: list[_Running] = []
     elsewhere, failed = set[str](), set[str]()
 
@@ -254,6 +255,11 @@ def _begun(
     log = job.directory / LOG
     printed = log.stat().st_size if log.exists() else 0
     return [_Running(job, places.pop(0), job.commands(), lock, at_once, printed)]
+
+
+def _left_out(job: Job) -> str:
+    made = ", ".join(job.missing())
+    return f"{job.name}: trained, but {made} is missing, and its weights are gone; --again trains it again"
 
 
 def _about(seconds: float | None) -> str:
@@ -359,9 +365,9 @@ def _print_plan(jobs: Sequence[Job], options: argparse.Namespace, *, places: int
         + (f", and {unknown} of unknown length" if unknown else ""),
         soft_wrap=True,
     )
-    left_out = sum(bool(job.commands()) for job in jobs) - len(open_jobs)
-    if left_out:
-        out.print(f"{left_out} are trained, not all measured, and their weights are gone: --again trains them again")
+    for job in jobs if options.dry_run else ():  # otherwise `run_jobs` names them
+        if job.commands() and job not in open_jobs:
+            out.print(_left_out(job), soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> None:

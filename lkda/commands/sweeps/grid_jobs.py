@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from lkda.checks import InputError, check_values
 from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.run.run_directory import RunFiles, read_summary
+from lkda.commands.run.same_settings import check_same_measurement
+from lkda.commands.settings.config import resolve
 from lkda.commands.sweeps.job_settings import check_job, errors_of
 from lkda.data.progress import patient_progress
 from lkda.metrics_file import read_metrics
@@ -27,6 +30,7 @@ from lkda.shipped import CONFIGS
 # The output of a job, in its run directory.
 LOG = "grid.log"
 _ESTIMATE = {"start": float, "then": float, "steps_per_s": Mapping[str, float], "gpu_share": float}
+_ENDED = ("finished", "diverged")  # the status of a training that is not continued
 _CONDITIONAL = {"only_with": str, "command": str}  # an entry of `then`
 # Settings of scripts/train.py that this command sets itself, with what to do instead.
 _OF_GRID = {
@@ -99,7 +103,7 @@ class Job:
     @property
     def is_trained(self) -> bool:
         """Whether its training has ended, well or not."""
-        return self.status in ("finished", "diverged")
+        return self.status in _ENDED
 
     @property
     def begins_again(self) -> bool:
@@ -129,6 +133,10 @@ class Job:
             if needed and not _is_done(words):
                 found.insert(0, words)
         return found
+
+    def missing(self) -> list[str]:
+        """What its commands are still to make after its training, as paths in the run directory."""
+        return [os.path.relpath(_result(words), self.directory) for words in self._open() if words in self.then]
 
     def set_aside(self) -> None:
         """Rename the run directory to .JOB.before. An earlier directory of this name is deleted."""
@@ -270,6 +278,7 @@ def _job(experiment: str, swept: Sequence[str], fixed: Sequence[str], out: Path)
     with errors_of(name):
         resumes = not (job.is_trained or job.begins_again)
         check_job(config, directory, resumes=resumes, ended=job.is_trained)
+        _check_results(job.then)
         return replace(job, **_estimated(config))
 
 
@@ -303,6 +312,18 @@ def _commands_after(config: DictConfig, directory: Path) -> tuple[tuple[str, ...
         _result(words)  # raises where a command names none
         then.append(words)
     return tuple(then)
+
+
+def _check_results(then: Sequence[Sequence[str]]) -> None:
+    """Raise InputError if a training or a measurement of `then` has been made with other settings than are asked for
+    now. What an export has written is deleted when the job is done, so it is not compared."""
+    for words in then:
+        path = _result(words)
+        if words[0] == "train" and _training_status(words) in _ENDED:
+            config = compose("train", as_typed(_continuing(words)[1:]), return_hydra_config=True)
+            check_job(config, path, resumes=False, ended=True)
+        elif words[0] == "evaluate" and path.exists():
+            check_same_measurement(resolve(compose("evaluate", as_typed(words[1:]))), path)
 
 
 def _lines_after(config: DictConfig) -> list[str]:

@@ -197,7 +197,7 @@ def test_a_plan_names_what_only_again_trains(tmp_path: Path, capsys: pytest.Capt
         main(words)
     said = capsys.readouterr().out
     assert "0 of 1 jobs are to be done" in said
-    assert "1 are trained, not all measured, and their weights are gone: --again trains them again" in said
+    assert re.search(r"mixer=softmax: trained, but test.json, exported, .*needle_131072.json is missing, and its", said)
 
 
 @pytest.mark.sample(3)
@@ -307,7 +307,10 @@ def test_on_another_machine_only_what_is_not_done_begins_again(imitated: Path) -
         (imitated / name).mkdir()
         (imitated / name / "summary.json").write_text(json.dumps({"status": status, "mark": 1}))
     lines = ran(jobs, gpus=["0"])
-    assert lines[0] == "unmeasured: trained, not all measured, and its weights are gone; --again trains it again"
+    left_out = (
+        "unmeasured: trained, but ../m/summary.json is missing, and its weights are gone; --again trains it again"
+    )
+    assert lines[0] == left_out
     assert [line for line in lines if "begins" in line] == [
         "cut: begins again, as it has no checkpoint to go on from, about 1 s",
         "new: begins, about 1 s",

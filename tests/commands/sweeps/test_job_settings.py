@@ -104,6 +104,68 @@ def test_what_a_resumed_run_may_change_is_no_other_setting(setting: str, tmp_pat
     assert job_of(tmp_path, setting).standing == "done"
 
 
+def measured(job: Job, **changed: Any) -> None:
+    """What `evaluate` writes for the job's run, on its own data."""
+    ran = {"split": "validation", "stepwise": False, "state_dtype": None, "max_batches": None, "precision": "float32"}
+    ran |= {"kind": "evaluation", "run": {}, "data": recorded(job)["data"], "result": {"loss": 1.0}}
+    (job.directory / "val.json").write_text(json.dumps(ran | changed))
+
+
+def job_with(out: Path, then: str) -> Job:
+    """A job of an experiment that may have commands after the training."""
+    return job_of(out, "model=recall", then, experiment="lm_by_mixer_full")
+
+
+MEASUREMENTS = {
+    "max_batches=3": r"max_batches: None is recorded, 3 is given",
+    "precision=bf16-mixed": r"precision: float32 is recorded, bfloat16 is given",
+    "stepwise=true": r"stepwise: False is recorded, True is given",
+    "data=palindrome data.context=32": r"data.context: 16 is recorded, 32 is given",
+    "data=stack": r"data._target_: .*Palindrome is recorded, .*Stack is given",
+    "tasks=[arc]": r"tasks: \[\] is recorded, \['arc'\] is given",
+    "precison=32": r"Could not override 'precison'",
+}
+
+
+@pytest.mark.parametrize("setting", MEASUREMENTS)
+def test_a_measurement_with_other_settings_is_not_taken_for_done(setting: str, tmp_path: Path) -> None:
+    """Only a file that is not there is made."""
+    line = "evaluate ckpt={run} out={run}/val.json"
+    job = job_with(tmp_path, f"then=['{line}']")
+    directory = leave_a_run(job)
+    measured(job)
+    again = (
+        "evaluate ckpt={run} data=palindrome data.context=16 data.num_workers=1 data.batch_size=7 out={run}/val.json"
+    )
+    assert all(job_with(tmp_path, f"then=['{one}']").standing == "done" for one in (line, again))
+    with pytest.raises(InputError, match=MEASUREMENTS[setting]) as caught:
+        job_with(tmp_path, f"then=['{line} {setting}']")
+    if "override" not in MEASUREMENTS[setting]:
+        assert f"{directory}/val.json holds a measurement with other settings (" in str(caught.value)
+        assert str(caught.value).endswith("move it away, or give another out=; or ask for the recorded settings.")
+    (directory / "val.json").unlink()
+    assert job_with(tmp_path, f"then=['{line} {setting}']").missing() == ["val.json"]
+
+
+def test_what_is_no_measurement_is_not_taken_for_one(tmp_path: Path) -> None:
+    then = "then=['evaluate ckpt={run} out={run}/val.json']"
+    (leave_a_run(job_with(tmp_path, then)) / "val.json").touch()
+    with pytest.raises(InputError, match=r"val.json cannot be read as JSON"):
+        job_with(tmp_path, then)
+
+
+def test_a_second_training_with_other_settings_is_not_taken_for_done(tmp_path: Path) -> None:
+    def then(steps: int) -> str:
+        settings = f"experiment=lm_by_mixer_full {' '.join(TASK)} model=recall trainer.max_steps={steps}"
+        return f"then=['train {settings} hydra.run.dir={{run}}/more']"
+
+    run = leave_a_run(job_with(tmp_path, then(10680)))
+    shutil.copytree(run, run / "more")
+    assert job_with(tmp_path, then(10680)).standing == "done"
+    with pytest.raises(InputError, match=r"/more holds a run with other settings \(trainer.max_steps: 10680 is"):
+        job_with(tmp_path, then(5))
+
+
 def test_a_run_of_another_machine_may_have_its_precision_and_paths(tmp_path: Path) -> None:
     text = tmp_path / "here" / "a.txt"
 
