@@ -24,7 +24,7 @@ from lkda.commands.command_line.invocation import has_new_directory, with_starte
 from lkda.commands.command_line.overrides import as_typed
 from lkda.commands.command_line.warning_lines import plain_warnings
 from lkda.commands.settings.config import check_keys
-from lkda.commands.sweeps.sweep_gpus import check_search, claim_gpus, defaults_of_plugins, register
+from lkda.commands.sweeps.sweep_gpus import check_counts, claim_gpus, defaults_of_plugins, register
 from lkda.shipped import CONFIGS
 
 COMMANDS = {
@@ -102,7 +102,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             _check_data_options(arguments)
         register()
         if name == "train":
-            check_search(arguments)
+            check_counts(arguments)
         words = _flags_first(as_typed(arguments, verbatim=_VERBATIM.get(name, ())))
         sys.argv[1:] = [*words, *defaults_of_plugins(words)]
         # The output is flushed here, not when the interpreter exits, because a closed pipe shows only at a flush.

@@ -51,12 +51,19 @@ def defaults_of_plugins(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def check_search(arguments: Sequence[str]) -> None:
-    """Raises InputError for a search without a run: Optuna would look for the best of none, or never end."""
+def check_counts(arguments: Sequence[str]) -> None:
+    """Raises InputError for a sweep without a run: Optuna would look for the best of none, or never end, and joblib has
+    an error of its own."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs") and re.fullmatch(r"[+-]?\d+", value):
+        if not re.fullmatch(r"[+-]?\d+", value):
+            continue
+        if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs"):
             check_count(key, int(value), least=1)
+        if key == "hydra.launcher.n_jobs" and int(value) == 0:
+            raise InputError(
+                f"{key} must be the number of jobs at once, or -1 for as many as there are CPU cores, got {value}."
+            )
 
 
 def visible_gpus() -> list[str]:
