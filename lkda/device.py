@@ -71,6 +71,11 @@ def one_cpu_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def in_threads(count: int) -> str:
+    """The number of threads in words: "1 thread", "2 threads"."""
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def device_name(device: torch.device) -> str:
     """The kind of device: the GPU's name, or the CPU's with its number of threads."""
     if device.type == "cuda":
@@ -79,7 +84,7 @@ def device_name(device: torch.device) -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:  # not on Linux
         found = None
-    return f"{found[1].strip() if found else 'cpu'}, {torch.get_num_threads()} threads"
+    return f"{found[1].strip() if found else 'cpu'}, {in_threads(torch.get_num_threads())}"
 
 
 def physical_memory() -> int:

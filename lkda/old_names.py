@@ -195,8 +195,9 @@ def _without_filters(model: dict[str, Any]) -> dict[str, Any]:
 def translated_results(found: Record) -> Record:
     """The content of a results file with the keys of today; equal where it has no old ones.
 
-    Raises: KeyError, TypeError or AttributeError where it does not have the form of its kind.
+    Raises: KeyError, TypeError, AttributeError or RecursionError where it does not have the form of its kind.
     """
+    found = _with_one_thread(found)
     translate = {
         "benchmark": _benchmark,
         "comparison": _comparison,
@@ -212,6 +213,8 @@ def translated_results(found: Record) -> Record:
 
 def translated_summary(summary: Record) -> Record:
     """summary.json of a run: its "parts", flat records, are now "val_subsets", which say what describes a subset."""
+    if isinstance(summary.get("device"), str):
+        summary = summary | {"device": _with_one_thread(summary["device"])}
     if "parts" not in summary:
         return summary
     subsets = []
@@ -220,6 +223,15 @@ def translated_summary(summary: Record) -> Record:
         measured = {name: value for name, value in part.items() if name not in subset}
         subsets.append({"name": _subset_name(subset), "subset": subset, **measured})
     return _renamed(summary | {"parts": subsets}, {"parts": "val_subsets"})
+
+
+def _with_one_thread(found: Any) -> Any:
+    """Earlier versions wrote "cpu, 1 threads", also in the note of a table."""
+    if isinstance(found, dict):
+        return {name: _with_one_thread(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_with_one_thread(value) for value in found]
+    return found.replace(", 1 threads", ", 1 thread") if isinstance(found, str) else found
 
 
 def with_data_name(summary: Record, config: Mapping[str, Any]) -> Record:
@@ -330,7 +342,7 @@ def main(paths: list[str]) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             translated = translated_results(found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SystemExit(f"error: {path} is not a results file ({error}).") from None
         if translated != found:
             write_atomically(path, json.dumps(translated, indent=1) + "\n")

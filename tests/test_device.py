@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lkda.device import one_cpu_thread
+from lkda.device import device_name, one_cpu_thread
 
 
 @pytest.fixture
@@ -38,3 +38,9 @@ def test_training_on_a_cpu_keeps_its_threads(three_threads):
 def test_a_number_that_the_user_has_set_is_kept(three_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert _inside("cuda") == 3
+
+
+def test_a_cpu_has_one_thread_or_several(three_threads):
+    assert device_name(torch.device("cpu")).endswith(", 3 threads")
+    torch.set_num_threads(1)
+    assert device_name(torch.device("cpu")).endswith(", 1 thread")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lkda.checks import InputError
 from lkda.old_names import _COMMANDS, DATA_MODULES, main, translated_results, with_data_name
 from lkda.report.operators.benchmark import read_benchmark
 from lkda.report.read.evaluations import read_evaluations
@@ -62,6 +63,18 @@ def test_a_benchmark_has_lower_bounds_and_says_what_is_noisy(tmp_path):
     assert not {key for row in found for key in row if "floor" in key}
     assert [row.get("noisy") for row in found] == [False, True, False, None]
     assert [row["peer"] for row in found] == [None, None, "softmax attention (SDPA)", "x"]
+
+
+def test_one_thread_is_no_number_of_threads(tmp_path):
+    """The name of a device, and the note of a table."""
+    before = {"kind": "table", "note": "0.4M tokens; cpu, 1 threads, torch 2.13", "rows": [{"on": "cpu, 11 threads"}]}
+    after = before | {"note": "0.4M tokens; cpu, 1 thread, torch 2.13"}
+    assert read_results_file(write(tmp_path / "table.json", before)) == after
+    (tmp_path / "deep.json").write_text('{"kind": "table", "rows": ' + 600 * "[" + 600 * "]" + "}")
+    with pytest.raises(InputError, match="RecursionError"):
+        read_results_file(tmp_path / "deep.json")
+    run = write_run(tmp_path / "run", "kda", device="cpu, 1 threads")
+    assert read_run(run).summary["device"] == "cpu, 1 thread"
 
 
 def test_a_comparison_has_subsets_and_says_whether_devices_were_shared(tmp_path):

@@ -15,6 +15,7 @@ import lkda
 from lkda.commands.run.fit import Outcome
 from lkda.commands.run.prepared_run import PreparedRun
 from lkda.commands.run.run_directory import RunDirectory
+from lkda.device import in_threads
 from lkda.models.lm import LanguageModel
 from lkda.perplexity import perplexity
 from lkda.training.accuracy import by_subset
@@ -104,7 +105,7 @@ def _of_model(model: LanguageModel, context: int) -> dict[str, Any]:
 def _device(device: torch.device, *, count: int) -> str:
     """The device in words, such as "4 x NVIDIA H100 80GB HBM3". Runs on other devices cannot be compared in speed."""
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {in_threads(torch.get_num_threads())}"
     return name if count == 1 else f"{count} x {name}"
 
 

@@ -40,6 +40,7 @@ from lkda.commands.run.fit import build_task, quiet_libraries, trainer_options
 from lkda.commands.run.prepared_run import PreparedRun, model_of, prepare_data, with_data
 from lkda.commands.run.run_setup import plan_run, require_one_device
 from lkda.commands.run.summary import git_commit
+from lkda.device import in_threads
 from lkda.io import check_output_file
 from lkda.models.lm import LanguageModel
 from lkda.report.draw.tables import rich_table
@@ -184,7 +185,7 @@ def _compose(peers: Sequence[str], overrides: Sequence[str]) -> dict[str, DictCo
 def _header(overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"cpu, {in_threads(torch.get_num_threads())}",
         "torch": torch.__version__,
         "lightning": L.__version__,
         "git_commit": git_commit(),

@@ -36,5 +36,5 @@ def read_results_file(path: Path, *, kind: str | None = None) -> dict[str, Any]:
         raise InputError(f"{path} is of the kind {named}, and {kind} is needed.")
     try:
         return translated_results(found)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not what its kind, {named}, says ({type(error).__name__}: {error}).") from error

@@ -255,7 +255,7 @@ def _step(row: Row, result: Results, device: str) -> Measurement:
 def _precision(row: Row, device: str) -> str:
     """Of the training. Earlier rows do not have it: without a setting of theirs it was the default of the device."""
     given = [word.partition("=")[2] for word in row.get("overrides") or () if word.startswith("trainer.precision=")]
-    on_cpu = device == "cpu" or device.endswith(" threads")
+    on_cpu = device == "cpu" or device.endswith((" thread", " threads"))
     return str(row.get("precision") or (given[-1] if given else "32-true" if on_cpu else "bf16-mixed"))
 
 

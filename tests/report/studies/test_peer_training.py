@@ -37,7 +37,7 @@ def peer(**changes: Any) -> dict[str, Any]:
 def test_differences_are_of_the_peer_less_ours(tmp_path: Path) -> None:
     found = differences(peer(), "theirs")
     assert found == {"first step": 0, "last 50 steps": pytest.approx(0.002), "validation": pytest.approx(0.002)}
-    header = {"device": "cpu, 1 threads", "torch": "2.13"}
+    header = {"device": "cpu, 1 thread", "torch": "2.13"}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"kind": KIND, "header": header, "peers": [peer()], "failed": {}}))
     redraw(path)
@@ -51,7 +51,7 @@ def test_differences_are_of_the_peer_less_ours(tmp_path: Path) -> None:
 def test_the_legend_names_both_packages_and_fits_into_the_figure(
     count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    header = {"device": "cpu, 1 threads", "torch": "2.13"}
+    header = {"device": "cpu, 1 thread", "torch": "2.13"}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"kind": KIND, "header": header, "peers": [peer()] * count, "failed": {}}))
     (figure,) = drawn(monkeypatch, lambda: redraw(path))
