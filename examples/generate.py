@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import lkda
+from lkda.checks import InputError
 
 
 def main(directory: str = "exported/one", prompt: str = "The people of the United States") -> str:
@@ -22,4 +23,7 @@ def main(directory: str = "exported/one", prompt: str = "The people of the Unite
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except InputError as error:  # such as a directory without a model; it says what to give instead
+        sys.exit(f"error: {error}")

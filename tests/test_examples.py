@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,10 @@ def test_an_exported_model_continues_a_prompt(tmp_path: Path, capsys: pytest.Cap
     assert text.startswith("The people")
     assert len(text) > len("The people")
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_directory_without_a_model_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(EXAMPLES / "generate.py"), run_name="__main__")
+    assert str(ending.value.code).startswith(f"error: {tmp_path}/nowhere does not exist: give a directory that ")
