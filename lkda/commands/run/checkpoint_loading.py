@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lkda.checks import InputError, refusing_damage
+from lkda.commands.command_line.overrides import override
 from lkda.commands.run.run_directory import fingerprint_of, read_yaml, tokenizer_of
 from lkda.formats import load, recorded_config
 from lkda.formats.common.building import build_with_weights
@@ -69,7 +70,7 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         return TrainedModel(model, tokenizer, path)
     if path.is_dir() and not is_sharded(path):
         path = _last_of_run(path)
-    checkpoint = read_checkpoint(path, advice=_WHAT_CKPT_TAKES)
+    checkpoint = read_checkpoint(path, advice=_instead_of(path))
     with refusing_damage(path):
         ours = checkpoint["lkda"]
         prefix = "model."
@@ -81,6 +82,17 @@ def load_trained(path: str | Path, *, backend: str = "auto") -> TrainedModel:
         model = build_with_weights(current_model_config(ours["model"]), weights, source=path, backend=backend)
         vocabulary = None if ours["tokenizer"] is None else tokenizer_of(ours["tokenizer"], source=path)
         return TrainedModel(model, vocabulary, path, ours["run"], ours["step"], fingerprint_of(checkpoint))
+
+
+def _instead_of(path: Path) -> str:
+    """What to give instead of `path` if it cannot be read as a checkpoint, as a sentence. Of a run, it is another
+    checkpoint: last.ckpt and best.ckpt may be the same file as one of the steps."""
+    if not path.exists() or path.suffix != ".ckpt" or path.parent.name != "checkpoints":
+        return _WHAT_CKPT_TAKES
+    others = sorted(other for other in path.parent.glob("*.ckpt") if other.exists() and not other.samefile(path))
+    if others:
+        return f"If it is damaged, give another checkpoint of the run: {override('ckpt', str(others[-1]))}"
+    return f"If it is damaged, train the run again: there is no other checkpoint in {path.parent}."
 
 
 def _last_of_run(directory: Path) -> Path:
