@@ -16,8 +16,8 @@ from lkda.training.options import (
     check_trainer,
     check_validation_batches,
 )
-from lkda.training.precision import resolve_precision
-from tests.commands.small import composed
+from lkda.training.precision import _SHORT, PRECISIONS, resolve_precision
+from tests.commands.small import ROOT, composed
 
 CHECKS: dict[str, Callable[[Any], None]] = {
     "trainer": check_trainer,
@@ -163,6 +163,12 @@ def test_a_part_of_the_validation_is_a_batch_at_least(limit: float) -> None:
 )
 def test_a_precision_is_called_what_it_runs(word: object, device: torch.device, ran: str) -> None:
     assert resolve_precision(word, device) == ran
+
+
+def test_the_guide_explains_every_precision_and_its_short_form() -> None:
+    guide = (ROOT / "docs" / "guides" / "devices.md").read_text()
+    short = {long: word for word, long in _SHORT.items()}
+    assert all(f"\n| `{name}`, short `{short[name]}` | " in guide for name in PRECISIONS)
 
 
 @pytest.mark.parametrize(
