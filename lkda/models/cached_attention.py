@@ -75,6 +75,10 @@ class CachedAttention(Mixer):
         """The entries of all caches, from those that `inputs` returns, which come first."""
         return entries
 
+    def attended_and_stored(self, *entries: Tensor) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+        """`keys_and_values` and `stored` of the same tokens."""
+        return self.keys_and_values(*entries), self.stored(*entries)
+
     def split_state(self, state: State) -> tuple[State, Tensor, State]:
         """The growing caches, their length, and the caches of the convolutions."""
         count = len(self.entry_shapes())
@@ -88,14 +92,14 @@ class CachedAttention(Mixer):
             self.check_state(state, len(x))
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=state)
         if cu_seqlens is not None:
-            return self._output(q, entries, None, cu_seqlens), ()
-        stored = self.stored(*entries)
+            return self._output(q, self.keys_and_values(*entries), None, cu_seqlens), ()
         if state is None:
             length = new_length(x.shape[0], None, x.device)
-            return self._output(q, entries, None, None), (*stored, length, *convolved)
+            attended, stored = self.attended_and_stored(*entries)
+            return self._output(q, attended, None, None), (*stored, length, *convolved)
         before, length, _ = self.split_state(state)
-        caches, lengths = append_many(before, stored, length)
-        y = self._output(q, caches, lengths, None)
+        caches, lengths = append_many(before, self.stored(*entries), length)
+        y = self._output(q, self.keys_and_values(*caches), lengths, None)
         return y, (*(before if is_preallocated(length) else caches), length, *convolved)
 
     def forward_packed(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, State]:
@@ -104,8 +108,9 @@ class CachedAttention(Mixer):
             return super().forward_packed(x, state, cu_seqlens=cu_seqlens)
         self.check_state(state, len(cu_seqlens) - 1)
         q, entries, convolved = self.inputs(x, cu_seqlens=cu_seqlens, state=None)
-        fill_packed(caches, self.stored(*entries), length, cu_seqlens.diff().tolist())
-        return self._output(q, entries, None, cu_seqlens), (*caches, length, *convolved)
+        attended, stored = self.attended_and_stored(*entries)
+        fill_packed(caches, stored, length, cu_seqlens.diff().tolist())
+        return self._output(q, attended, None, cu_seqlens), (*caches, length, *convolved)
 
     def token_positions(self, x: Tensor, cu_seqlens: Tensor | None, state: State | None) -> Tensor:
         """The position of each token of x [B, T, ...] in its sequence, [T], or [B, T] where the lengths before them
@@ -143,10 +148,10 @@ class CachedAttention(Mixer):
         return can_take(x, *self.filters(), *entries, *convolved)
 
     def _output(
-        self, q: Tensor, caches: Sequence[Tensor], lengths: Sequence[int] | None, cu_seqlens: Tensor | None
+        self, q: Tensor, attended: Sequence[Tensor], lengths: Sequence[int] | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """y of q [B, T, H, K] and the caches; `lengths` as `append_many` returns them."""
-        k, v = (y.to(q.dtype) for y in self.keys_and_values(*caches))
+        """y of q [B, T, H, K] and what `keys_and_values` returns; `lengths` as `append_many` returns them."""
+        k, v = (y.to(q.dtype) for y in attended)
         if self.part is not None:
             o = self.part.attend(q, k, v, backend=self.backend)
         elif lengths is not None:

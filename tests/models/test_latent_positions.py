@@ -221,3 +221,19 @@ def test_the_tracer_takes_it_whole(options: dict[str, Any]) -> None:
     mixer, x = mixer_and_input(**options)
     compiled = torch.compile(lambda given: mixer(given)[0], fullgraph=True, dynamic=False, backend="aot_eager")
     assert_same(with_gradients(compiled(x), mixer, x), with_gradients(mixer(x)[0], mixer, x))
+
+
+@pytest.mark.parametrize("base", [None, 100.0])
+def test_training_and_a_prefill_project_the_latent_once(base: float | None) -> None:
+    """The keys are attended to, and their norms are stored for decoding."""
+    mixer = MultiHeadLatentAttention(32, 4, rope_base=base, **NORM)
+    calls: list[Tensor] = []
+    mixer.kv_b_proj.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    x, cu_seqlens = torch.randn(1, 10, 32), torch.tensor([0, 4, 10])
+    _, (*_, inverse, _) = mixer(x)
+    assert len(calls) == 1
+    state = mixer.init_state(2, max_tokens=10)
+    with torch.no_grad():
+        mixer.forward_packed(x, state, cu_seqlens=cu_seqlens)
+    assert len(calls) == 2
+    torch.testing.assert_close(state[2][1, :6], inverse[0, 4:])

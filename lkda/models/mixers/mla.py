@@ -180,12 +180,15 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
 
     def keys_and_values(self, *caches: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._keys_and_values(*caches[:2])
-        return k if self.k_norm is None else self._normed(k, self.k_norm).to(v.dtype), v
+        return self._normed_keys(k, v), v
 
     def _keys_and_values(self, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         """As `keys_and_values`, without the norm of k."""
         k, v = self.heads(self.kv_b_proj(latent)).split([self.nope, self.v_dim], -1)
         return latent_keys(k, shared.to(k.dtype)), v
+
+    def _normed_keys(self, k: Tensor, v: Tensor) -> Tensor:
+        return k if self.k_norm is None else self._normed(k, self.k_norm).to(v.dtype)
 
     def stored(self, *entries: Tensor) -> Sequence[Tensor]:
         """With a norm of the keys, also 1 / |k| [B, T, H], with |k|^2 = sum of k_i^2 + K eps over the K channels.
@@ -194,10 +197,19 @@ class MultiHeadLatentAttention(ProjectedMixer, CachedAttention):
         """
         if self.k_norm is None:
             return entries
-        k, _ = self._keys_and_values(*entries)
+        return *entries, self._inverse(self._keys_and_values(*entries)[0])
+
+    def attended_and_stored(self, *entries: Tensor) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+        """In training and in a prefill, the projection of the latent is computed once for both."""
+        k, v = self._keys_and_values(*entries)
+        stored = entries if self.k_norm is None else (*entries, self._inverse(k))
+        return (self._normed_keys(k, v), v), stored
+
+    def _inverse(self, k: Tensor) -> Tensor:
+        """1 / |k| of keys [..., K] without their norm."""
         wide = torch.promote_types(k.dtype, torch.float32)
         squares = torch.linalg.vector_norm(k, dim=-1, dtype=wide).square()
-        return *entries, (squares + k.shape[-1] * self.norm_eps).rsqrt()
+        return (squares + k.shape[-1] * self.norm_eps).rsqrt()
 
     @staticmethod
     def _normed(x: Tensor, norm: nn.Module) -> Tensor:
