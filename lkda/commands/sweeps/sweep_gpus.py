@@ -56,11 +56,10 @@ def check_counts(arguments: Sequence[str]) -> None:
     an error of its own."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        if not re.fullmatch(r"[+-]?\d+", value):
-            continue
-        if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs"):
-            check_count(key, int(value), least=1)
-        if key == "hydra.launcher.n_jobs" and int(value) == 0:
+        number = int(value) if re.fullmatch(r"[+-]?\d+", value) else None
+        if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs") and number is not None:
+            check_count(key, number, least=1)
+        if key == "hydra.launcher.n_jobs" and not number and "${" not in value:
             raise InputError(
                 f"{key} must be the number of jobs at once, or -1 for as many as there are CPU cores, got {value}."
             )

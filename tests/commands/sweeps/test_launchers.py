@@ -97,6 +97,12 @@ def test_what_is_given_is_kept() -> None:
             "got 0.",
         ),
         (
+            "joblib_launcher",
+            "hydra/launcher=joblib hydra.launcher.n_jobs=many",
+            "hydra.launcher.n_jobs must be the number of jobs at once, or -1 for as many as there are CPU cores, "
+            "got many.",
+        ),
+        (
             "optuna_sweeper",
             "hydra/sweeper=optuna hydra.sweeper.n_trials=0",
             "hydra.sweeper.n_trials must be a whole number of 1 or more, got 0.",
