@@ -27,6 +27,7 @@ from lkda.commands.compare import _find
 from lkda.commands.entry_point import COMMANDS, _imported, main
 from lkda.commands.run.console import resume_command
 from lkda.commands.run.run_directory import RunDirectory
+from lkda.report.read.runs import read_run
 from tests.commands.small import ROOT, small_run
 from tests.generation.test_generate import byte_tokenizer, model_of
 
@@ -177,6 +178,19 @@ def test_runs_that_begin_at_the_same_time_have_a_directory_each(
         assert typed(monkeypatch, *words, "trainer.max_steps=2") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["20_kda", "20_kda_2", "20_kda_3"]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+@pytest.mark.parametrize("more", [["seed=1"], ["seed=1", "resume=true", "optimizer.lr=0.5"]], ids=" ".join)
+def test_a_sweep_does_not_mark_another_run_as_failed(
+    more: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "-m", *small_run(corpus), "sample.max_new_tokens=0", f"hydra.sweep.dir={tmp_path}"]
+    assert typed(monkeypatch, *words, "seed=1") == 0
+    (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert typed(monkeypatch, *words, *more) != 0
+    assert f"error: {run} " in capsys.readouterr().err
+    assert not (run / "failure.txt").exists()
+    assert read_run(run).summary["status"] == "finished"
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from lkda.commands.command_line.examples import is_required
 from lkda.commands.command_line.invocation import with_started_command
 from lkda.commands.command_line.list_entries import list_entry_message
 from lkda.io import file_in_the_way, write_atomically
-from lkda.run_failure import FAILURE
+from lkda.run_failure import FAILURE, OtherRunError
 
 BAD_INPUT = 2
 FAILED = 1
@@ -92,11 +92,12 @@ def readable_errors(*, of_job: bool = False) -> Iterator[None]:
 
 @contextmanager
 def recorded_failure() -> Iterator[None]:
-    """If a job of a sweep fails, write the reason into FAILURE in its directory, where compare.py finds it."""
+    """If a job of a sweep fails, write the reason into FAILURE in its directory, where compare.py finds it. If that is
+    the directory of another run, nothing is written: the other run has not failed."""
     try:
         yield
     except Exception as error:
-        if _in_a_sweep():
+        if _in_a_sweep() and not isinstance(error, OtherRunError):
             directory = Path(HydraConfig.get().runtime.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             reason = in_words(error) or f"{type(error).__name__}: {_on_one_line(str(error))}"

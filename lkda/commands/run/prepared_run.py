@@ -20,6 +20,7 @@ from lkda.data.text.packed import PackedDataModule
 from lkda.device import physical_memory
 from lkda.models.build import build_model
 from lkda.models.lm import LanguageModel
+from lkda.run_failure import OtherRunError
 from lkda.training.callbacks.learnt import check_has_accuracy
 from lkda.training.memory import check_activations
 from lkda.training.metrics_csv import check_rows, steps_with
@@ -109,13 +110,13 @@ class PreparedRun:
         )
 
     def check_steps(self, run: RunDirectory) -> None:
-        """Raise InputError if the run has already done more than `total_steps` steps, or this many without a
+        """Raise OtherRunError if the run has already done more than `total_steps` steps, or this many without a
         validation."""
         step = self.first_step
         if step < self.total_steps:
             return
         if step > self.total_steps or step not in steps_with(run.metrics, "val/loss"):
-            raise InputError(
+            raise OtherRunError(
                 f"{run.path} has already done {step} steps, so {self.total_steps} steps leave nothing to train: "
                 f"give trainer.max_steps={step + 1} or more."
             )

@@ -23,7 +23,7 @@ from lkda.io import write_atomically
 from lkda.metrics_file import read_metrics
 from lkda.old_names import translated
 from lkda.records import check_yaml, read_record
-from lkda.run_failure import FAILURE
+from lkda.run_failure import FAILURE, OtherRunError
 from lkda.tokenizer_loading import tokenizer_from_text
 from lkda.training.checkpoint import newest_intact
 from lkda.training.options import sequences_per_batch
@@ -75,16 +75,12 @@ class RunFiles:
         return self.metrics.exists() and self.metrics.read_bytes().count(b"\n") > 1
 
 
-class DirectoryInUseError(InputError):
-    """Another process trains in the run directory."""
-
-
 class RunDirectory(RunFiles):
     """A run directory, and the lock of the process that trains in it.
 
     Args:
         path: the directory, which is created if it does not exist.
-    Raises: InputError if the directory cannot be written, DirectoryInUseError if another process trains in it.
+    Raises: InputError if the directory cannot be written, OtherRunError if another process trains in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -101,7 +97,7 @@ class RunDirectory(RunFiles):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise DirectoryInUseError(
+            raise OtherRunError(
                 f"another process is training in {self.path}. Wait for it, or choose another hydra.run.dir."
             ) from error
         self._before = there
@@ -112,7 +108,7 @@ class RunDirectory(RunFiles):
         second have the same default name."""
         candidate, number = Path(path), 1
         while True:
-            with suppress(DirectoryInUseError):
+            with suppress(OtherRunError):
                 run = cls(candidate)
                 if not run._before and not run.holds_run():
                     return run
@@ -144,18 +140,18 @@ class RunDirectory(RunFiles):
         """Claim the directory for a run with the settings `config`, a plain dict.
 
         Returns: path and content of the newest intact checkpoint to resume from; None to start from step 0.
-        Raises: InputError if the directory holds a run and `resume` is false; if that run has other settings; if none
-            of its checkpoints can be read; or if the config.yaml in it is not one of lkda's.
+        Raises: OtherRunError if the directory holds a run and `resume` is false, or if that run has other settings;
+            InputError if none of its checkpoints can be read, or if the config.yaml in it is not one of lkda's.
         """
         recorded = recorded_config(self.path)
         before = None if recorded is None else translated(recorded)
         if self.holds_run() and before is None:
-            raise InputError(
+            raise OtherRunError(
                 f"{self.path} holds a run whose config.yaml is missing, so its settings are not known. Restore "
                 "the file, or choose another hydra.run.dir."
             )
         if self.holds_run() and not resume:
-            raise InputError(
+            raise OtherRunError(
                 f"{self.path} already holds a run. Continue it with resume=true, or choose another hydra.run.dir."
             )
         for left_over in self.checkpoints.glob(".*.tmp"):
@@ -174,7 +170,7 @@ class RunDirectory(RunFiles):
         changed = changed_settings(before, now, free_places=free_places)
         if changed:
             shown = "; ".join(changed[:MOST_SHOWN])
-            raise InputError(
+            raise OtherRunError(
                 f"{self.path} holds a run with other settings ({shown}), so it cannot be resumed. "
                 "Give the recorded settings, or choose another hydra.run.dir."
             )
