@@ -14,7 +14,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, models
 
 import lkda
-from lkda.commands.command_line.overrides import override
+from lkda.commands.command_line.overrides import as_typed, override
 from lkda.commands.command_line.text import encode_prompt, text_pieces
 from lkda.commands.evaluate import evaluate
 from lkda.commands.export import export
@@ -179,7 +179,8 @@ def test_a_model_of_prepared_text_is_evaluated_on_it_and_on_no_other(run: Path, 
 def test_brackets_of_a_path_are_shown(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are no markup of the terminal."""
     (tmp_path / "[a]").symlink_to(run, target_is_directory=True)
-    evaluate(composed("evaluate", override("ckpt", f"{tmp_path}/[a]"), "accelerator=cpu", "max_batches=1"))
+    (ckpt,) = as_typed([override("ckpt", f"{tmp_path}/[a]")])
+    evaluate(composed("evaluate", ckpt, "accelerator=cpu", "max_batches=1"))
     printed = capsys.readouterr().out
     assert "[a]" in printed
     assert all(f"loss, {where}" in printed for where in ("position 0", "positions 2 to 3", "from position 16"))

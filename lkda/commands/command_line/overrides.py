@@ -29,12 +29,13 @@ _MISSING = "???"
 
 
 def override(key: str, value: str) -> str:
-    """`key=value`, from which Hydra reads exactly the text `value`. The value is quoted only if this is necessary.
+    """`key=value`, which a command of lkda reads as exactly the text `value`. The value is quoted only if this is
+    necessary.
 
     The result is not quoted for the shell: use `shlex.join` for that.
     """
     bare = f"{key}={value}"
-    parsed = None if _special(value) else _parsed(bare)
+    parsed = None if _special(value) else _parsed(_read_as_typed(bare, ()))
     if parsed is not None and not parsed.is_sweep_override() and parsed.value() == value:
         return bare
     return f"{key}={_quoted(value)}"
