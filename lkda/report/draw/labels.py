@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
+from lkda.report.draw.style import Look
+
+BARS = "Bars: from the best to the worst seed."  # of `mark_seeds`
 SIZE = 9.0  # typographic points
 ABOVE_GRID = 0.7  # grid lines have 0.5 and curves 2
 # Mean width and height of a character of the default font, relative to its size.
@@ -91,6 +95,14 @@ def spread(heights: Sequence[float], *, gap: float, low: float = -math.inf) -> l
             last = blocks.pop()
             blocks[-1] += last
     return [bottom(block) + n * gap for block in blocks for n in range(len(block))]
+
+
+def mark_seeds(axes: Axes, x: float, values: Sequence[float], text: str, look: Look) -> Label:
+    """Draws the mean over seeds as a point, with a bar from the smallest to the largest value. Returns its label."""
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    bar = [[mean - low], [high - mean]]
+    axes.errorbar(x, mean, bar, color=look.colour, marker=look.marker, markersize=8, elinewidth=1.4, linestyle="none")
+    return Label(x, mean, text, look.colour, low=low, high=high)
 
 
 def label_points(axes: Axes, labels: Sequence[Label]) -> None:

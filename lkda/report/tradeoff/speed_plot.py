@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lkda.report.draw.labels import Label, label_points
+from lkda.report.draw.labels import BARS, Label, label_points, mark_seeds
 from lkda.report.draw.style import Look, Picture, Style, picture
 from lkda.report.draw.units import count, length
 from lkda.report.read.groups import Group
@@ -62,7 +62,7 @@ def accuracy_by_speed(
             axes.remove()
         labels = [_points(axes, panel, of_group, quality, style) for axes, panel in zip(grid.flat, panels)]
         better = "Higher" if quality.more_is_better else "Lower"
-        bars = " Bars: from the best to the worst seed." if any(len(group.runs) > 1 for group in groups) else ""
+        bars = f" {BARS}" if any(len(group.runs) > 1 for group in groups) else ""
         figure.suptitle(f"{better} is more accurate, farther right is faster.{bars}", fontsize=9, color=style.faint)
         for axes in grid[:, 0]:
             axes.set_ylabel(quality.title)
@@ -103,15 +103,9 @@ def _different(chosen: Sequence[MeasuredSpeeds]) -> list[tuple[MeasuredSpeeds, s
 
 def _points(axes: Axes, panel: Panel, looks: dict[int, Look], quality: Quality, style: Style) -> list[Label]:
     """Draws the points of a panel, and returns their labels."""
-    labels = []
-    for group, speed in panel.of:
-        look, values = looks[id(group)], group.values(quality.key)
-        mean, low, high = group.mean(quality.key), min(values), max(values)
-        bar = [[mean - low], [high - mean]]
-        axes.errorbar(
-            speed, mean, bar, color=look.colour, marker=look.marker, markersize=7, elinewidth=1.4, linestyle="none"
-        )
-        labels.append(Label(speed, mean, group.label, look.colour, low=low, high=high))
+    labels = [
+        mark_seeds(axes, speed, group.values(quality.key), group.label, looks[id(group)]) for group, speed in panel.of
+    ]
     axes.set_title(panel.title, fontsize=9, color=style.text, loc="left")
     axes.set_xscale("log")
     speeds = [speed for _, speed in panel.of]

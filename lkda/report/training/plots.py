@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lkda.report.draw.curves import ENOUGH, Curve, mean_curve, running_mean
-from lkda.report.draw.labels import Label, label_ends, label_points
+from lkda.report.draw.labels import BARS, Label, label_ends, label_points, mark_seeds
 from lkda.report.draw.style import Look, Picture, Style, picture
 from lkda.report.draw.units import count, memory
 from lkda.report.read.groups import Group
@@ -128,13 +128,10 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
     def draw(style: Style) -> Figure:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
-        labels = []
-        for group, look in zip(groups, _looks(groups, style)):
-            values, mean, state = group.values(y), group.mean(y), group.mean("state_bytes")
-            low, high = min(values), max(values)
-            drawn: dict[str, Any] = {"color": look.colour, "marker": look.marker}
-            axes.errorbar(state, mean, [[mean - low], [high - mean]], markersize=8, elinewidth=1.4, capsize=0, **drawn)
-            labels.append(Label(state, mean, group.label, look.colour, low=low, high=high))
+        labels = [
+            mark_seeds(axes, group.mean("state_bytes"), group.values(y), group.label, look)
+            for group, look in zip(groups, _looks(groups, style))
+        ]
         axes.set_xscale("log", base=2)
         axes.set_ylim(*_at_least(0.02, *axes.get_ylim()))
         exponents = [math.log2(label.x) for label in labels]
@@ -145,7 +142,7 @@ def loss_against_state(groups: Sequence[Group], *, y: str) -> Picture:
         axes.set_xlabel("size of one sequence's state at the training context")
         axes.set_ylabel(("test " if y.startswith("test/") else "validation ") + NAMES[y])
         if any(len(group.runs) > 1 for group in groups):
-            axes.set_title("Bars: from the best to the worst seed.", fontsize=9, color=style.faint, loc="left")
+            axes.set_title(BARS, fontsize=9, color=style.faint, loc="left")
         label_points(axes, labels)
         return figure
 
@@ -184,7 +181,7 @@ def loss_by_model(groups: Sequence[Group], *, y: str) -> Picture | None:
         axes.set_xlim(low, high + 0.09 * (high - low))  # room for the last number
         axes.set_xlabel(("test " if y.startswith("test/") else "validation ") + NAMES[y])
         said = [f"Dashed: {origin.label}."] if origin is not None else []
-        said += ["Bars: from the best to the worst seed."] if any(len(group.runs) > 1 for group in groups) else []
+        said += [BARS] if any(len(group.runs) > 1 for group in groups) else []
         axes.set_title(" ".join(said), fontsize=9, color=style.faint, loc="left")
         return figure
 
